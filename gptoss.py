@@ -1,0 +1,675 @@
+"""GPT-OSS inference: OpenAI's open-weight mixture-of-experts models with a paged KV cache, in one sitting.
+
+    python gptoss.py --prompt "What is 17 + 25?"
+
+The model card is https://arxiv.org/abs/2508.10925, the semantics are those of https://github.com/openai/gpt-oss
+(gpt_oss/torch/model.py); YaRN is https://arxiv.org/abs/2309.00071, the chat format
+https://github.com/openai/harmony. Shape letters:
+
+    T  tokens of a step, flat: S sequences of Q tokens each (prefill: S = 1; decode: Q = 1)
+    H  hidden size        I  intermediate size     E  experts        V  vocabulary
+    N  query heads        G  key/value heads       D  head dim       L  keys a query may see
+"""
+import argparse
+import codecs
+import collections
+import datetime
+import math
+import os
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+
+import weights
+from weights import MX_GROUP, CheckpointError, Config, Experts
+
+PAGE_SIZE = 16  # tokens of a KV page
+MAX_BATCH = 64  # sequences that decode together
+PREFILL_TOKENS = 1024  # tokens of a prompt that run together, fewer where
+PREFILL_SCORES = 1 << 26  # their float32 attention scores of one layer, heads x queries x keys, would exceed 256 MB
+EXPAND_BELOW = 1 << 30  # bytes: the experts of a model this small are dequantised once, at load
+ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
+SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) approximates the normal distribution's CDF (the GELU paper, section 2)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Number formats (OCP Microscaling Formats v1.0)
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # value of each fp4 code
+E8M0 = torch.ldexp(torch.ones(256), torch.arange(256) - 127)  # value of each scale byte: 2^(s - 127)
+E8M0[255] = math.nan
+
+
+def dequantise_mxfp4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """mxfp4 to numbers. packed: uint8 [..., K/2], low nibble first; scale: uint8 E8M0 [..., K/32] -> dtype [..., K].
+    Exact in bf16 and float32."""
+    codes = torch.arange(256, device=packed.device)
+    pairs = E2M1.to(packed.device, dtype)[torch.stack([codes & 15, codes >> 4], dim=1)]  # [256, 2]
+    values = F.embedding(packed.int(), pairs).view(*scale.shape, MX_GROUP)  # [..., K/2, 2] -> [..., K/32, 32]
+    return (values * F.embedding(scale.int(), E8M0.to(packed.device, dtype)[:, None])).flatten(-2)
+
+
+def quantise_mx(x: torch.Tensor, activations: str) -> torch.Tensor:
+    """x [..., K] float32 rounded to mxfp8 (e4m3) or mxfp4 (e2m1), as float32 again. Per group of 32 the scale is
+    2^(floor(log2(max |x|)) - emax), OCP MX v1.0 section 6.3; elements round to nearest even and saturate."""
+    largest_exponent, largest = (8, 448.0) if activations == "mxfp8" else (2, 6.0)
+    groups = x.unflatten(-1, (-1, MX_GROUP))  # [..., K/32, 32]
+    bits = groups.abs().amax(-1, keepdim=True).view(torch.int32)
+    exponent = ((bits >> 23) - 127 - largest_exponent).clamp(-127, 127)  # float32's own exponent field is the floor
+    scaled = torch.ldexp(groups, -exponent).clamp(-largest, largest)
+    rounded = scaled.to(torch.float8_e4m3fn).float() if activations == "mxfp8" else round_e2m1(scaled)
+    return torch.ldexp(rounded, exponent).flatten(-2)
+
+
+def round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """float32 in [-6, 6] to the nearest e2m1 value, ties to even: steps of 0.5 below 2, 1 below 4, 2 above."""
+    step = torch.where(x.abs() < 2, 0.5, torch.where(x.abs() < 4, 1.0, 2.0))
+    return torch.round(x / step) * step
+
+
+def quantise_fp8(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """x / scale as e4m3, clamped to its largest value; float32, still divided by scale."""
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Mixture of experts
+
+def moe_reference(x, router_weight, router_bias, experts: Experts, top_k: int, activations: str = "bf16",
+                  swiglu_limit: float = 7.0) -> torch.Tensor:
+    """The MoE layer as equations: the path of every device without its own kernels, and the kernels' oracle.
+
+    x [T, H]; router_weight [E, H], router_bias [E] -> [T, H] in x's dtype. `activations` is what the expert GEMMs
+    see: "bf16" leaves x as it is and computes in its dtype; "fp8" (static scales, from `experts`), "mxfp8" and
+    "mxfp4" round it and compute in float32. Raises ValueError for any other, and for fp8 without scales."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations={activations!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if activations == "fp8" and experts.gate_up_input_scale is None:
+        raise ValueError("activations='fp8' needs the static input scales of a Quark checkpoint; use mxfp8")
+
+    # router: the top_k largest logits of each token, the smaller expert id first where they tie
+    logits = F.linear(x.float(), router_weight.float(), router_bias.float())  # [T, E]
+    logits, chosen = logits.sort(dim=-1, descending=True, stable=True)
+    gate_weight = logits[:, :top_k].softmax(-1)  # [T, k]
+    expert, order = chosen[:, :top_k].flatten().sort(stable=True)  # rows: the (token, slot) pairs, by expert
+    ends = torch.bincount(expert, minlength=len(router_bias)).cumsum(0)  # [E] one past each expert's last row
+
+    # dispatch: gather the rows, first GEMM, SwiGLU
+    x_in = F.embedding(order // top_k, as_seen(x, activations, experts.gate_up_input_scale))  # [T*k, H]
+    h = expert_linear(x_in, expert, ends, experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias)
+    gate, up = h[:, 0::2].float().clamp(max=swiglu_limit), h[:, 1::2].float().clamp(-swiglu_limit, swiglu_limit)
+    h = gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)  # [T*k, I]
+
+    # combine: second GEMM, back to the order of the tokens, weighted sum over the k slots
+    h = as_seen(h.to(x.dtype) if activations == "bf16" else h, activations, experts.down_input_scale)
+    y = expert_linear(h, expert, ends, experts.down_weight, experts.down_scale, experts.down_bias).float()
+    y = torch.empty_like(y).index_copy_(0, order, y).view(*gate_weight.shape, -1)  # [T*k, H] -> [T, k, H]
+    return (y * gate_weight[..., None]).sum(1).to(x.dtype)
+
+
+def as_seen(x: torch.Tensor, activations: str, static_scale: float | None) -> torch.Tensor:
+    """x as an expert GEMM sees it: itself, or rounded to a format and held in float32."""
+    if activations == "bf16":
+        return x
+    return quantise_fp8(x.float(), static_scale) if activations == "fp8" else quantise_mx(x.float(), activations)
+
+
+def expert_linear(x, expert, ends, weight, scale, bias) -> torch.Tensor:
+    """x @ weight[e].T + bias[e] for rows [R, in] sorted by expert; expert [R], ends [E]. -> [R, out]. Experts that are
+    stored in another format are converted one by one, where a row uses them, and forgotten after."""
+    if weight.dtype == x.dtype:
+        return F.grouped_mm(x, weight.mT, offs=ends.int()) + F.embedding(expert, bias.to(x.dtype))
+    outputs, start = [], 0
+    for e, end in enumerate(ends.tolist()):
+        if end > start:
+            w = weight[e].to(x.dtype) if scale is None else dequantise_mxfp4(weight[e], scale[e], x.dtype)
+            outputs.append(F.linear(x[start:end], w, bias[e].to(x.dtype)))
+        start = end
+    return torch.cat(outputs)
+
+
+def expand_experts(experts: Experts, dtype: torch.dtype) -> Experts:
+    """The same experts with weights and biases in dtype; in memory [E, in, out], as a CPU's GEMM of few rows likes."""
+    def expand(weight, scale):
+        full = weight.to(dtype) if scale is None else dequantise_mxfp4(weight, scale, dtype)
+        return full.mT.contiguous().mT
+
+    return replace(experts, gate_up_weight=expand(experts.gate_up_weight, experts.gate_up_scale), gate_up_scale=None,
+                   down_weight=expand(experts.down_weight, experts.down_scale), down_scale=None,
+                   gate_up_bias=experts.gate_up_bias.to(dtype), down_bias=experts.down_bias.to(dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Paged KV cache
+
+class KVCache:
+    """Keys and values in one pool of pages. A page holds `page_size` tokens, for every layer of one kind: layer i of
+    the full-attention layers and layer i of the sliding ones use the same memory of different pages.
+
+    A sequence has a block table per kind. Position p lies at ring index p mod C, C = pages * page_size: a full layer
+    has pages for every token, so its ring never wraps; a sliding one stops at ceil(window / page_size) pages and then
+    overwrites what has left the window."""
+
+    def __init__(self, config: Config, num_pages: int, page_size: int, device, dtype):
+        self.config, self.page_size, self.num_pages, self.peak = config, page_size, num_pages, 0
+        self.free = list(range(num_pages, 0, -1))  # page 0 is not given out: it stays zero
+        depth = max(config.layer_types.count(kind) for kind in config.layer_types)
+        self.pool = torch.zeros(depth, (1 + num_pages) * page_size, 2 * config.num_key_value_heads * config.head_dim,
+                                device=device, dtype=dtype)  # a slot holds the keys, then the values, of its token
+
+    def allocate(self, length: int) -> dict[str, list[int]]:
+        """Block tables, by kind, for a sequence that may grow to `length` tokens."""
+        needed = pages_needed(self.config, length, self.page_size)
+        tables = {kind: [self.free.pop() for _ in range(n)] for kind, n in needed.items()}
+        self.peak = max(self.peak, self.num_pages - len(self.free))
+        return tables
+
+    def release(self, tables: dict[str, list[int]]) -> None:
+        for table in tables.values():
+            self.free.extend(table)
+
+
+def pages_needed(config: Config, length: int, page_size: int) -> dict[str, int]:
+    """Pages that `length` tokens need, by kind of layer."""
+    full, window = -(-length // page_size), -(-config.sliding_window // page_size)
+    return {kind: full if kind == "full_attention" else min(full, window) for kind in sorted(set(config.layer_types))}
+
+
+@dataclass
+class Span:
+    """What one kind of layers sees in a step."""
+    read: torch.Tensor  # [S, 1 + C] pool slots: the zeros of slot 0, then the cached tokens in ring order
+    write: torch.Tensor  # [S, min(Q, C)] pool slots of the new tokens that stay cached: the last C
+    mask: torch.Tensor  # [S, G, M, Q, L] room for the sinks, then 0 where the query sees the key, else -inf
+
+
+@dataclass
+class Step:
+    """The explicit inputs of a forward pass beside its tokens; fixed shapes if the tables are."""
+    cos: torch.Tensor  # [S, Q, N + 2G, D], 1 for the values, which do not turn
+    sin: torch.Tensor  # [S, Q, N + 2G, D], negated in the first half; 0 for the values
+    spans: dict[str, Span]  # by kind of layer
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model
+
+@dataclass
+class Layer:
+    kind: str  # "sliding_attention" | "full_attention"
+    depth: int  # index among the layers of its kind
+    attn_norm: torch.Tensor  # [H] float32, as is mlp_norm
+    qkv_weight: torch.Tensor  # [(N + 2G) D, H]
+    qkv_bias: torch.Tensor
+    sinks: torch.Tensor  # [N]
+    out_weight: torch.Tensor  # [H, N D]
+    out_bias: torch.Tensor
+    mlp_norm: torch.Tensor
+    router_weight: torch.Tensor  # [E, H]
+    router_bias: torch.Tensor
+    experts: Experts
+
+
+def yarn_inverse_frequencies(config: Config) -> tuple[torch.Tensor, float]:
+    """[D/2] radians per token and the factor on cos and sin (YaRN sections 3.2 to 3.4, bounds not truncated):
+    pairs that turn often within the initial context keep their frequency, slow ones are interpolated."""
+    D, base, context = config.head_dim, config.rope_theta, config.initial_context_length
+    frequency = base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
+    low, high = (D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
+                 for turns in (config.rope_beta_fast, config.rope_beta_slow))
+    low, high = max(low, 0), min(high, D - 1)
+    slow = ((torch.arange(D // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequency / config.rope_factor * slow + frequency * (1 - slow), 0.1 * math.log(config.rope_factor) + 1
+
+
+def rotate(x: torch.Tensor, step: Step) -> torch.Tensor:
+    """Rotary embedding of queries and keys in x [S, Q, N + 2G, D], on the pairs (i, i + D/2): (a, b) -> (a cos - b sin,
+    b cos + a sin)."""
+    return torch.addcmul(x * step.cos, x.roll(x.shape[-1] // 2, -1), step.sin)
+
+
+class GPTOSS:
+    """A GPT-OSS model with its weights, and the engine that generates with it."""
+
+    def __init__(self, checkpoint: weights.Checkpoint, device="cpu", dtype: torch.dtype | None = None,
+                 moe: str = "auto", activations: str = "auto"):
+        self.config, self.layout = checkpoint.config, checkpoint.layout
+        self.device = torch.device(device)
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        if moe not in ("auto", "torch", "gluon"):
+            raise ValueError(f"moe={moe!r}, expected auto, torch or gluon")
+        if moe == "gluon":
+            raise ValueError("moe='gluon': this version has no gfx950 kernels; use moe='torch'")
+        if activations not in ("auto", *ACTIVATIONS):
+            raise ValueError(f"activations={activations!r}, expected auto or one of {', '.join(ACTIVATIONS)}")
+        if activations == "fp8" and self.layout != "quark":
+            raise ValueError(f"activations='fp8' needs the static input scales of a Quark checkpoint, this one is "
+                             f"{self.layout}; use mxfp8")
+        self.activations = ("fp8" if self.layout == "quark" else "bf16") if activations == "auto" else activations
+        self.load(checkpoint)
+        self.inverse_frequencies, self.concentration = yarn_inverse_frequencies(self.config)
+        self.inverse_frequencies = self.inverse_frequencies.to(self.device)
+        self.root_eps = torch.tensor(self.config.rms_norm_eps, device=self.device).sqrt()
+        self.cache: KVCache | None = None  # of the latest generation
+
+    @classmethod
+    def from_pretrained(cls, path, device="cpu", dtype=None, moe="auto", activations="auto") -> "GPTOSS":
+        """Loads the checkpoint folder `path`. dtype None: float32 on a CPU, bfloat16 elsewhere. Raises
+        weights.CheckpointError for a bad checkpoint, ValueError for a bad argument."""
+        return cls(weights.load(path), device, dtype, moe, activations)
+
+    def load(self, checkpoint: weights.Checkpoint) -> None:
+        """Moves the weights to the device, a layer at a time; experts stay packed unless all of them are small."""
+        c, dense = self.config, checkpoint.dense
+        expanded = 3 * c.num_hidden_layers * c.num_local_experts * c.hidden_size * c.intermediate_size
+        expand = expanded * self.dtype.itemsize <= EXPAND_BELOW
+        self.embedding, self.unembedding = (dense[n].to(self.device, self.dtype) for n in ("embedding", "unembedding"))
+        self.norm = dense["norm"].to(self.device, torch.float32)
+        self.layers = []
+        for n in weights.progress(range(c.num_hidden_layers), f"to {self.device}"):
+            named = {f.name: dense[f"{n}.{f.name}"] for f in fields(Layer)[2:-1]}
+            named = {k: t.to(self.device, torch.float32 if "norm" in k else self.dtype) for k, t in named.items()}
+            experts = replace(checkpoint.experts[n], **{
+                f.name: t.to(self.device) for f in fields(Experts)
+                if isinstance(t := getattr(checkpoint.experts[n], f.name), torch.Tensor)})
+            if expand:
+                experts = expand_experts(experts, self.dtype)
+            kind = c.layer_types[n]
+            self.layers.append(Layer(kind, c.layer_types[:n].count(kind), **named, experts=experts))
+
+    # -- forward pass -------------------------------------------------------------------------------------------
+
+    def forward(self, tokens: torch.Tensor, step: Step) -> torch.Tensor:
+        """tokens [T] -> final hidden states [T, H]; writes the cache."""
+        x = self.embedding[tokens]  # [T, H]
+        for layer in self.layers:
+            x = x + self.attention(self.rms_norm(x, layer.attn_norm), layer, step)
+            x = x + self.moe(self.rms_norm(x, layer.mlp_norm), layer)
+        return self.rms_norm(x, self.norm)
+
+    def rms_norm(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """In float32. sqrt(mean(x^2) + eps) is the hypotenuse of |x| / sqrt(H) and sqrt(eps): few, cheap operations."""
+        y = x.float()
+        rms = torch.hypot(torch.linalg.vector_norm(y, dim=-1, keepdim=True) * x.shape[-1]**-0.5, self.root_eps)
+        return (y / rms * scale).to(x.dtype)
+
+    def moe(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+        return moe_reference(x, layer.router_weight, layer.router_bias, layer.experts, self.config.num_experts_per_tok,
+                             self.activations, self.config.swiglu_limit)
+
+    def attention(self, x: torch.Tensor, layer: Layer, step: Step) -> torch.Tensor:
+        """Grouped-query attention with sinks, over the cached tokens and the step's own. x [T, H] -> [T, H].
+
+        A head's sink is a logit of the softmax that stands for no value: the first of the L keys is all zeros (the
+        pool's slot 0), so that its score is what the mask adds, the sink, and its value adds nothing."""
+        c, span, pool = self.config, step.spans[layer.kind], self.cache.pool[layer.depth]
+        N, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        S, Q = step.cos.shape[:2]
+        M = N // G  # query heads that share a key head
+        qkv = F.linear(x, layer.qkv_weight, layer.qkv_bias).view(S, Q, N + 2 * G, D)
+        qkv = rotate(qkv, step)
+        q, new = qkv[:, :, :N], qkv[:, :, N:].flatten(2)  # [S, Q, N, D], [S, Q, 2*G*D]
+        keys = torch.cat([F.embedding(span.read, pool), new], dim=1)  # [S, L, 2*G*D]
+        pool[span.write] = new[:, -span.write.shape[1]:]
+
+        q = q.view(S, Q, G, M, D).permute(0, 2, 3, 1, 4).reshape(S, G, M * Q, D)
+        k, v = keys.view(S, -1, 2, G, D).permute(2, 0, 3, 1, 4)  # [S, G, L, D] each
+        span.mask[..., 0] = layer.sinks.view(G, M, 1)
+        mask = span.mask.view(S, G, M * Q, -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [S, G, M*Q, D]
+        out = out.view(S, G, M, Q, D).permute(0, 3, 1, 2, 4).reshape(S * Q, N * D)
+        return F.linear(out, layer.out_weight, layer.out_bias)
+
+    def step(self, positions: torch.Tensor, tables: dict[str, torch.Tensor]) -> Step:
+        """positions [S, Q], consecutive in a row; tables: kind -> block tables [S, pages]."""
+        c, (S, Q) = self.config, positions.shape
+        N, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        angles = positions[..., None, None] * self.inverse_frequencies  # [S, Q, 1, D/2]
+        cos, sin = angles.cos() * self.concentration, angles.sin() * self.concentration
+        cos = F.pad(torch.cat([cos, cos], -1).expand(S, Q, N + G, D), (0, 0, 0, G), value=1.0).to(self.dtype)
+        sin = F.pad(torch.cat([-sin, sin], -1).expand(S, Q, N + G, D), (0, 0, 0, G)).to(self.dtype)
+        spans = {}
+        for kind, table in tables.items():
+            slots = table[..., None] * self.cache.page_size + torch.arange(self.cache.page_size, device=self.device)
+            slots = slots.flatten(1)  # [S, C]
+            C = slots.shape[1]
+            # the newest token before this step that lies at each ring index; negative: none does
+            last = positions[:, :1] - 1
+            cached = last - (last - torch.arange(C, device=self.device)) % C  # [S, C]
+            keys = F.pad(torch.cat([cached, positions], 1), (1, 0))[:, None]  # [S, 1, L]
+            distance = positions[:, :, None] - keys  # [S, Q, L]
+            window = c.sliding_window if kind == "sliding_attention" else c.max_position_embeddings
+            hidden = (distance < 0) | (distance >= window) | (keys < 0)
+            mask = torch.zeros(hidden.shape, device=self.device, dtype=self.dtype).masked_fill_(hidden, -math.inf)
+            mask = mask[:, None, None].expand(S, G, N // G, Q, -1).contiguous()
+            spans[kind] = Span(F.pad(slots, (1, 0)), slots.gather(1, positions[:, -C:] % C), mask)
+        return Step(cos, sin, spans)
+
+    # -- engine -------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """Teacher-forced logits, float32 [T, V]; row t predicts token t + 1. Raises ValueError for a bad prompt."""
+        self.check_prompt(0, tokens, 0)
+        pages = sum(pages_needed(self.config, len(tokens), PAGE_SIZE).values())
+        self.cache = KVCache(self.config, pages, PAGE_SIZE, self.device, self.dtype)
+        hidden = torch.cat(list(self.prefill(tokens, self.cache.allocate(len(tokens)))))
+        return F.linear(hidden, self.unembedding).float()
+
+    def prefill(self, tokens: list[int], tables: dict[str, list[int]]) -> Iterator[torch.Tensor]:
+        """Runs a prompt through the model in chunks whose score matrix stays bounded; yields hidden states [Q, H]."""
+        start = 0
+        while start < len(tokens):
+            seen = min(start + PREFILL_TOKENS, len(tokens))
+            chunk = min(PREFILL_TOKENS, max(1, PREFILL_SCORES // (self.config.num_attention_heads * seen)))
+            end = min(start + chunk, len(tokens))
+            positions = torch.arange(start, end, device=self.device)[None]
+            step = self.step(positions, self.table_tensors([tables], end))
+            yield self.forward(torch.tensor(tokens[start:end], device=self.device), step)
+            start = end
+
+    def table_tensors(self, tables: list[dict[str, list[int]]], length: int) -> dict[str, torch.Tensor]:
+        """Block tables as tensors [S, pages], cut to what `length` tokens use; padding is masked as unwritten."""
+        return {kind: torch.tensor([(table[kind] + [0] * width)[:width] for table in tables], device=self.device)
+                for kind, width in pages_needed(self.config, length, self.cache.page_size).items()}
+
+    def generate(self, prompts, max_new_tokens, **options) -> list[list[int]]:
+        """The new tokens of each prompt, without the stop token. Arguments and errors are those of `stream`."""
+        new = [[] for _ in prompts]
+        for index, token in self.stream(prompts, max_new_tokens, **options):
+            new[index].append(token)
+        return new
+
+    def stream(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
+               top_p: float | None = None, seed: int | None = None, stop_tokens=None, num_pages: int | None = None,
+               page_size: int = PAGE_SIZE, max_batch: int = MAX_BATCH) -> Iterator[tuple[int, int]]:
+        """Generates for all prompts at once; yields (prompt index, token) as they come, stop tokens excluded.
+
+        temperature 0 is greedy. A prompt's tokens under a `seed` do not depend on its batch. A prompt is admitted,
+        in order, when one of `max_batch` places is free and the pool has the pages for it and its max_new_tokens.
+        num_pages None: as many as that takes, within the memory of a GPU. Raises ValueError, before anything runs,
+        for an argument out of range and for a prompt that is empty, too long or can never have its pages."""
+        if max_new_tokens < 0 or page_size < 1 or max_batch < 1:
+            raise ValueError(f"{max_new_tokens=} must not be negative, {page_size=} and {max_batch=} must be positive")
+        if temperature < 0 or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"expected temperature >= 0, top_k >= 1, 0 < top_p <= 1, got {temperature=} {top_k=} {top_p=}")
+        for index, prompt in enumerate(prompts):
+            self.check_prompt(index, prompt, max_new_tokens)
+        needed = [sum(pages_needed(self.config, len(prompt) + max_new_tokens, page_size).values()) for prompt in prompts]
+        if num_pages is None:
+            num_pages = min(sum(sorted(needed)[-max_batch:]), self.pages_that_fit(page_size))
+        for index, pages in enumerate(needed):
+            if pages > num_pages:
+                raise ValueError(f"prompt {index} needs {pages} pages of {page_size} tokens for its {len(prompts[index])} "
+                                 f"tokens and {max_new_tokens} new ones, the pool has {num_pages}; raise num_pages or "
+                                 "lower max_new_tokens")
+        self.cache = KVCache(self.config, num_pages, page_size, self.device, self.dtype)
+        waiting = collections.deque(
+            Sequence(index, list(prompt), max_new_tokens, pages, random.Random(None if seed is None else f"{seed}/{index}"))
+            for index, (prompt, pages) in enumerate(zip(prompts, needed, strict=True)) if max_new_tokens)
+        return self.run(waiting, max_batch, set(stop_tokens or ()), (temperature, top_k, top_p))
+
+    def check_prompt(self, index: int, prompt: list[int], max_new_tokens: int) -> None:
+        """Raises ValueError for a prompt that cannot run."""
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty; it needs at least one token")
+        if bad := [t for t in prompt if not 0 <= t < self.config.vocab_size]:
+            raise ValueError(f"prompt {index} has token {bad[0]}, outside the vocabulary of {self.config.vocab_size}")
+        if len(prompt) + max_new_tokens > self.config.max_position_embeddings:
+            raise ValueError(f"prompt {index} is too long: {len(prompt)} tokens and {max_new_tokens} new ones exceed the "
+                             f"model's context of {self.config.max_position_embeddings}")
+
+    def pages_that_fit(self, page_size: int) -> int:
+        """Pages for 90% of a GPU's free memory; a CPU's is not measured."""
+        if self.device.type != "cuda":
+            return sys.maxsize
+        one = KVCache(self.config, 0, page_size, "meta", self.dtype).pool
+        return int(0.9 * torch.cuda.mem_get_info(self.device)[0]) // (one.numel() * one.itemsize)
+
+    @torch.inference_mode()
+    def run(self, waiting: collections.deque, max_batch: int, stop: set[int], sampling: tuple) -> Iterator:
+        """Continuous batching: prompts are prefilled as soon as they fit, all running ones decode together."""
+        running: list[Sequence] = []
+        tables: dict[str, torch.Tensor] = {}
+        while waiting or running:
+            while waiting and len(running) < max_batch and waiting[0].pages <= len(self.cache.free):
+                sequence = waiting.popleft()
+                sequence.tables = self.cache.allocate(len(sequence.tokens) + sequence.remaining)
+                *_, hidden = self.prefill(sequence.tokens, sequence.tables)
+                running.append(sequence)
+                yield from self.emit([sequence], hidden[-1:], running, stop, sampling)
+            if running:
+                length = max(len(sequence.tokens) for sequence in running)
+                tables = self.table_tensors([sequence.tables for sequence in running], length)
+                positions = torch.tensor([[len(sequence.tokens) - 1] for sequence in running], device=self.device)
+                tokens = torch.tensor([sequence.tokens[-1] for sequence in running], device=self.device)
+                hidden = self.forward(tokens, self.step(positions, tables))
+                yield from self.emit(list(running), hidden, running, stop, sampling)
+
+    def emit(self, sequences, hidden, running, stop, sampling) -> Iterator[tuple[int, int]]:
+        """Samples a token for each sequence from its hidden state [S, H]; those that are done leave `running`."""
+        logits = F.linear(hidden, self.unembedding).float()  # [S, V]
+        draws = torch.tensor([sequence.random.random() for sequence in sequences], device=self.device)
+        for sequence, token in zip(sequences, sample(logits, draws, *sampling).tolist(), strict=True):
+            sequence.tokens.append(token)
+            sequence.remaining -= 1
+            if token in stop or not sequence.remaining:
+                running.remove(sequence)
+                self.cache.release(sequence.tables)
+            if token not in stop:
+                yield sequence.index, token
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt on its way through the engine."""
+    index: int  # among the prompts
+    tokens: list[int]  # prompt and generated; all but the newest are cached
+    remaining: int  # tokens it may still generate
+    pages: int  # that it needs at its longest
+    random: random.Random
+    tables: dict[str, list[int]] | None = None  # block tables, by kind of layer
+
+
+def sample(logits: torch.Tensor, draws: torch.Tensor, temperature: float, top_k: int | None,
+           top_p: float | None) -> torch.Tensor:
+    """One token per row. logits [S, V] float32, draws [S] uniform in [0, 1). temperature 0: the largest logit. Else
+    inverse transform sampling from softmax(logits / temperature), cut to the top_k likeliest, renormalised, then cut
+    to the likeliest whose sum reaches top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    share, token = (logits / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    if top_k is not None:
+        share[:, top_k:] = 0
+    if top_p is not None:
+        share /= share.sum(-1, keepdim=True)
+        share[share.cumsum(-1) - share >= top_p] = 0
+    total = share.cumsum(-1)
+    rank = (total <= draws[:, None] * total[:, -1:]).sum(-1, keepdim=True)
+    return token.gather(1, rank)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Chat: the Harmony format
+
+SYSTEM = ("You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\nCurrent date: {date}\n\n"
+          "Reasoning: {effort}\n\n"
+          "# Valid channels: analysis, commentary, final. Channel must be included for every message.")
+
+
+def chat_tokens(tokenizer: tiktoken.Encoding, turns: list[tuple[str, str]], date: str, effort: str) -> list[int]:
+    """A conversation as the tokens a Harmony model continues. turns: ("user" | "assistant", text) in order, an
+    assistant's text being its final channel; date: YYYY-MM-DD; effort: low, medium or high. Text cannot smuggle in
+    special tokens. Raises KeyError where the tokenizer has no Harmony tokens."""
+    special = tokenizer._special_tokens
+    tokens = []
+    for role, text in [("system", SYSTEM.format(date=date, effort=effort)), *turns]:
+        tokens += [special["<|start|>"], *tokenizer.encode_ordinary(role)]
+        if role == "assistant":
+            tokens += [special["<|channel|>"], *tokenizer.encode_ordinary("final")]
+        tokens += [special["<|message|>"], *tokenizer.encode_ordinary(text), special["<|end|>"]]
+    return tokens + [special["<|start|>"], *tokenizer.encode_ordinary("assistant")]
+
+
+class Reader:
+    """Turns generated tokens into text as they come, and tells a chat model's channels apart."""
+
+    def __init__(self, tokenizer: tiktoken.Encoding, chat: bool):
+        self.tokenizer, self.name_of = tokenizer, {id: name for name, id in tokenizer._special_tokens.items()}
+        self.chat, self.channel, self.header = chat, None if chat else "final", None
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def read(self, token: int) -> tuple[str | None, str]:
+        """The channel the token belongs to, None between messages, and the text it completes."""
+        try:
+            piece = self.tokenizer.decode_single_token_bytes(token)
+        except KeyError:  # the vocabulary is padded beyond the tokenizer's
+            piece = "\N{REPLACEMENT CHARACTER}".encode()
+        name = self.name_of.get(token) if self.chat else None
+        if name == "<|channel|>":
+            self.channel, self.header = None, b""
+        elif name == "<|message|>":  # "analysis", or "commentary to=tool"
+            self.channel, self.header = (self.header or b"final").decode(errors="replace").split()[0], None
+        elif name in ("<|end|>", "<|start|>"):
+            ended, self.channel = self.channel, None
+            return ended, "\n" if ended else ""
+        elif self.header is not None:
+            self.header += piece
+        elif self.channel and name is None:
+            return self.channel, self.decode(piece)
+        return None, ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Generate text with a GPT-OSS model.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny"), metavar="DIR",
+        help="checkpoint folder (default: the small model in tiny/)")
+    add("--prompt", action="append", metavar="TEXT", help="may repeat: one batch; - reads standard input")
+    add("--chat", action="store_true", help="talk to the model in a terminal")
+    add("--raw", action="store_true", help="continue the text as it stands, without the chat format")
+    add("--show-reasoning", action="store_true", help="print every channel of a chat answer, not the final one only")
+    add("--effort", default="medium", choices=("low", "medium", "high"), help="how long a chat model reasons")
+    add("--max-new-tokens", type=int, default=512, metavar="N")
+    add("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    add("--top-k", type=int, metavar="K")
+    add("--top-p", type=float, metavar="P")
+    add("--seed", type=int, metavar="N", help="same seed, same tokens")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 elsewhere")
+    add("--moe", default="auto", choices=("auto", "torch", "gluon"))
+    add("--activations", default="auto", choices=("auto", *ACTIVATIONS), help="what the expert GEMMs see")
+    add("--page-size", type=int, default=PAGE_SIZE, metavar="TOKENS")
+    add("--num-pages", type=int, metavar="N", help="KV pages in the pool (default: as many as needed)")
+    add("--max-batch", type=int, default=MAX_BATCH, metavar="N", help="sequences that decode together")
+    return parser
+
+
+def answer(model: GPTOSS, tokenizer: tiktoken.Encoding, prompts: list[list[int]], args, chat: bool) -> list[str]:
+    """Generates for the prompts and prints: stdout the text, in the order of the prompts and as it comes for the
+    first unfinished one; stderr the statistics. Returns the final channel of each."""
+    special = tokenizer._special_tokens
+    stop = {*model.config.eos_token_id, *(special[n] for n in ("<|return|>", "<|call|>", "<|endoftext|>") if n in special)}
+    readers = [Reader(tokenizer, chat) for _ in prompts]
+    shown, final, times = [""] * len(prompts), [""] * len(prompts), [[] for _ in prompts]
+    printed, front = 0, 0  # characters of prompt `front` on stdout
+    start = time.perf_counter()
+
+    def flush(last: bool) -> None:
+        nonlocal printed, front
+        while front < len(prompts):
+            sys.stdout.write(shown[front][printed:])
+            printed = len(shown[front])
+            if not (last or front in done):
+                break
+            sys.stdout.write("" if shown[front].endswith("\n") or not shown[front] else "\n")
+            front, printed = front + 1, 0
+        sys.stdout.flush()
+
+    done: set[int] = set()
+    for index, token in model.stream(prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
+                                     stop, args.num_pages, args.page_size, args.max_batch):
+        times[index].append(time.perf_counter())
+        channel, text = readers[index].read(token)
+        final[index] += text if channel == "final" else ""
+        shown[index] += text if channel == "final" or args.show_reasoning else ""
+        if len(times[index]) == args.max_new_tokens:
+            done.add(index)
+        flush(last=False)
+    flush(last=True)
+
+    for index, text in enumerate(final):
+        if chat and not text:
+            print(f"prompt {index}: no final channel within {len(times[index])} tokens; raise --max-new-tokens, or see "
+                  "--show-reasoning", file=sys.stderr)
+    report(model, times, start)
+    return final
+
+
+def report(model: GPTOSS, times: list[list[float]], start: float) -> None:
+    """One line of statistics on stderr. times: when each token of each prompt came, seconds."""
+    mean = lambda values: f"{1e3 * sum(values) / len(values):.2f} ms" if values else "-"  # noqa: E731
+    ttft = mean([t[0] - start for t in times if t])
+    tpot = mean([(t[-1] - t[0]) / (len(t) - 1) for t in times if len(t) > 1])
+    count, seconds = sum(map(len, times)), time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"{count} tokens | TTFT {ttft} | TPOT {tpot} | {count / seconds:.1f} tok/s | pages {model.cache.peak} of "
+          f"{model.cache.num_pages} x {model.cache.page_size} tokens | peak memory {peak / 2**30:.2f} GiB", file=sys.stderr)
+
+
+def converse(model: GPTOSS, tokenizer: tiktoken.Encoding, args) -> None:
+    """The interactive chat, until end of file."""
+    turns: list[tuple[str, str]] = []
+    print("Ctrl-D ends the chat.", file=sys.stderr)
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            turns.append(("user", line.strip()))
+            tokens = chat_tokens(tokenizer, turns, str(datetime.date.today()), args.effort)
+            turns.append(("assistant", answer(model, tokenizer, [tokens], args, chat=True)[0]))
+
+
+def main() -> int:
+    parser = arguments()
+    args = parser.parse_args()
+    if bool(args.prompt) == args.chat:
+        parser.error("give --prompt TEXT (may repeat, - reads standard input) or --chat")
+    try:
+        tokenizer = weights.load_tokenizer(args.checkpoint)
+        chat = not args.raw and "<|channel|>" in tokenizer._special_tokens
+        if args.chat and not chat:
+            raise ValueError("--chat needs a chat model: a tokenizer with the Harmony tokens, and no --raw")
+        texts = [sys.stdin.read() if text == "-" else text for text in args.prompt or ()]
+        today = str(datetime.date.today())
+        if empty := [index for index, text in enumerate(texts) if not text.strip()]:
+            raise ValueError(f"prompt {empty[0]} is empty")
+        model = GPTOSS.from_pretrained(args.checkpoint, args.device, getattr(torch, args.dtype or "", None), args.moe,
+                                       args.activations)
+        if args.chat:
+            converse(model, tokenizer, args)
+        else:
+            answer(model, tokenizer, [chat_tokens(tokenizer, [("user", text)], today, args.effort) if chat
+                                      else tokenizer.encode_ordinary(text) for text in texts], args, chat)
+    except (CheckpointError, ValueError) as error:
+        print(f"gptoss: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,461 @@
+"""GPT-OSS checkpoints of every published layout into tensors, and their tokenizer.
+
+    hf-mxfp4   openai/gpt-oss-20b, -120b                    experts packed as `*_blocks` and `*_scales`
+    openai     the `original/` folder of those              fused qkv, names `block.{n}.*`
+    quark      amd/gpt-oss-120b-w-mxfp4-a-fp8               tensors per expert, static FP8 activation scales
+    hf-bf16    an unquantised Hugging Face export           experts as [E, in, out]
+
+Files are memory-mapped (safetensors) and packed experts stay packed. Shape letters, here and in gptoss.py:
+V vocabulary, H hidden size, I intermediate size, D head dim, E experts, T tokens.
+"""
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+import torch
+from safetensors import SafetensorError, safe_open
+
+MX_GROUP = 32  # values that share one E8M0 scale (OCP Microscaling Formats v1.0, 5.2)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, the tensor or key, and what was expected."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Config
+
+# what this engine computes; a config that says otherwise is refused
+ARCHITECTURE = {
+    "tie_word_embeddings": False, "attention_bias": True, "hidden_act": "silu", "swiglu_alpha": 1.702,
+    "rope_scaling.rope_type": "yarn", "rope_parameters.rope_type": "yarn",
+    "rope_scaling.truncate": False, "rope_parameters.truncate": False,
+}
+LAYER_TYPES = ("sliding_attention", "full_attention")
+
+
+def keys(*paths: str):
+    """A field of Config and the keys of config.json that may hold it; dots go into nested tables."""
+    return dataclasses.field(metadata={"paths": paths})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The model's constants, from either config.json schema: Hugging Face's (of transformers 4 or 5) or OpenAI's."""
+    vocab_size: int = keys("vocab_size")
+    hidden_size: int = keys("hidden_size")
+    intermediate_size: int = keys("intermediate_size")
+    num_hidden_layers: int = keys("num_hidden_layers")
+    num_attention_heads: int = keys("num_attention_heads")
+    num_key_value_heads: int = keys("num_key_value_heads")
+    head_dim: int = keys("head_dim")
+    num_local_experts: int = keys("num_local_experts", "num_experts")
+    num_experts_per_tok: int = keys("num_experts_per_tok", "experts_per_token")
+    sliding_window: int = keys("sliding_window")  # keys that a query of a sliding layer sees, its own included
+    swiglu_limit: float = keys("swiglu_limit")
+    rope_theta: float = keys("rope_theta", "rope_parameters.rope_theta")
+    rope_factor: float = keys("rope_scaling.factor", "rope_parameters.factor", "rope_scaling_factor")
+    rope_beta_fast: float = keys("rope_scaling.beta_fast", "rope_parameters.beta_fast", "rope_ntk_beta")
+    rope_beta_slow: float = keys("rope_scaling.beta_slow", "rope_parameters.beta_slow", "rope_ntk_alpha")
+    initial_context_length: int = keys("rope_scaling.original_max_position_embeddings", "initial_context_length",
+                                "rope_parameters.original_max_position_embeddings")  # tokens, before YaRN
+    max_position_embeddings: int = keys("max_position_embeddings")  # tokens
+    rms_norm_eps: float = keys("rms_norm_eps")
+    layer_types: tuple[str, ...] = keys("layer_types")
+    eos_token_id: tuple[int, ...] = keys("eos_token_id")
+
+    @classmethod
+    def from_dict(cls, raw: dict, source: str = "config.json") -> "Config":
+        """From a parsed config.json. Raises CheckpointError naming the key that is missing or contradictory."""
+        for path, required in ARCHITECTURE.items():
+            found = lookup(raw, path)
+            # transformers takes an absent YaRN `truncate` for true: there, absence contradicts
+            absent = found is None and (not path.endswith("truncate") or lookup(raw, path.rpartition(".")[0]) is None)
+            if found != required and not absent:
+                raise CheckpointError(f"{source}: {path} is {found!r}, GPT-OSS has {required!r}")
+
+        values = {}
+        for field in dataclasses.fields(cls):
+            paths = field.metadata["paths"]
+            found = {path: lookup(raw, path) for path in paths if lookup(raw, path) is not None}
+            if any(value != next(iter(found.values())) for value in found.values()):
+                raise CheckpointError(f"{source}: contradictory keys: {found}")
+            value = next(iter(found.values())) if found else cls.unstated(field.name, raw, values)
+            types = {int: int, float: (int, float)}.get(field.type)
+            if value is None:
+                raise CheckpointError(f"{source}: missing key {' or '.join(paths)}")
+            if types is None:
+                value = (value,) if isinstance(value, int) else tuple(value)
+            elif isinstance(value, bool) or not isinstance(value, types) or value <= 0:
+                raise CheckpointError(f"{source}: {paths[0]} is {value!r}, expected a positive {field.type.__name__}")
+            values[field.name] = value
+        c = cls(**values)
+        for wrong, message in (
+            (c.num_attention_heads % c.num_key_value_heads, "num_key_value_heads does not divide num_attention_heads"),
+            (c.head_dim % 2, "head_dim is odd, rotary embedding needs halves"),
+            (c.num_experts_per_tok > c.num_local_experts, "num_experts_per_tok exceeds num_local_experts"),
+            (len(c.layer_types) != c.num_hidden_layers, "layer_types and num_hidden_layers differ in length"),
+            (set(c.layer_types) - set(LAYER_TYPES), f"layer_types has entries other than {LAYER_TYPES}"),
+        ):
+            if wrong:
+                raise CheckpointError(f"{source}: {message}")
+        return c
+
+    @staticmethod
+    def unstated(name: str, raw: dict, earlier: dict):
+        """The value of a key that a schema leaves to its code (None: it must be there), given the fields before it."""
+        if name == "layer_types":
+            return [LAYER_TYPES[n % 2] for n in range(earlier["num_hidden_layers"])]
+        if "rope_scaling_factor" not in raw:  # Hugging Face's schema
+            return () if name == "eos_token_id" else None
+        if name == "max_position_embeddings":
+            return int(earlier["initial_context_length"] * earlier["rope_factor"])
+        return {"rms_norm_eps": 1e-5, "eos_token_id": (200002, 199999, 200012)}.get(name)  # return, endoftext, call
+
+
+def lookup(table: dict, path: str):
+    """The value at a dotted path of nested tables, None where there is none."""
+    for key in path.split("."):
+        table = table.get(key) if isinstance(table, dict) else None
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a checkpoint becomes
+
+@dataclass
+class Experts:
+    """One layer's experts, as stored. Rows of gate_up interleave gate (even) and up (odd).
+
+    mxfp4: two e2m1 codes a byte, the low nibble first; one E8M0 scale byte s (value 2^(s-127)) per 32 inputs.
+    """
+    gate_up_weight: torch.Tensor  # uint8 [E, 2I, H/2], or bf16 [E, 2I, H]
+    gate_up_scale: torch.Tensor | None  # uint8 [E, 2I, H/32]
+    gate_up_bias: torch.Tensor  # [E, 2I]
+    down_weight: torch.Tensor  # uint8 [E, H, I/2], or bf16 [E, H, I]
+    down_scale: torch.Tensor | None  # uint8 [E, H, I/32]
+    down_bias: torch.Tensor  # [E, H]
+    gate_up_input_scale: float | None = None  # Quark's static FP8 scales: the maximum over the experts
+    down_input_scale: float | None = None
+
+
+@dataclass
+class Checkpoint:
+    """A loaded checkpoint. `dense` maps our names to bf16 tensors: embedding and unembedding [V, H], norm [H], and
+    for layer l `{l}.attn_norm` [H], `{l}.qkv_weight` [(heads + 2 kv_heads) * D, H], `{l}.qkv_bias`, `{l}.sinks`
+    [heads], `{l}.out_weight` [H, heads * D], `{l}.out_bias` [H], `{l}.mlp_norm` [H], `{l}.router_weight` [E, H],
+    `{l}.router_bias` [E]."""
+    config: Config
+    layout: str  # "hf-mxfp4" | "openai" | "quark" | "hf-bf16"
+    dense: dict[str, torch.Tensor]
+    experts: list[Experts]  # one per layer
+
+
+# Every tensor of every layout: its stored name, our name, its dtype, its shape. {l} counts layers, {e} experts. Rows of
+# one name are joined: q, k, v along their rows, Quark's experts by stacking.
+HF = """
+model.embed_tokens.weight                           embedding           bf16  V H
+lm_head.weight                                      unembedding         bf16  V H
+model.norm.weight                                   norm                bf16  H
+model.layers.{l}.input_layernorm.weight             {l}.attn_norm       bf16  H
+model.layers.{l}.self_attn.q_proj.weight            {l}.qkv_weight      bf16  Q H
+model.layers.{l}.self_attn.k_proj.weight            {l}.qkv_weight      bf16  KV H
+model.layers.{l}.self_attn.v_proj.weight            {l}.qkv_weight      bf16  KV H
+model.layers.{l}.self_attn.q_proj.bias              {l}.qkv_bias        bf16  Q
+model.layers.{l}.self_attn.k_proj.bias              {l}.qkv_bias        bf16  KV
+model.layers.{l}.self_attn.v_proj.bias              {l}.qkv_bias        bf16  KV
+model.layers.{l}.self_attn.sinks                    {l}.sinks           bf16  heads
+model.layers.{l}.self_attn.o_proj.weight            {l}.out_weight      bf16  H Q
+model.layers.{l}.self_attn.o_proj.bias              {l}.out_bias        bf16  H
+model.layers.{l}.post_attention_layernorm.weight    {l}.mlp_norm        bf16  H
+model.layers.{l}.mlp.router.weight                  {l}.router_weight   bf16  E H
+model.layers.{l}.mlp.router.bias                    {l}.router_bias     bf16  E
+"""
+LAYOUTS = {
+    "hf-mxfp4": HF + """
+model.layers.{l}.mlp.experts.gate_up_proj_blocks    {l}.gate_up_weight  u8    E 2I H/32 16
+model.layers.{l}.mlp.experts.gate_up_proj_scales    {l}.gate_up_scale   e8m0  E 2I H/32
+model.layers.{l}.mlp.experts.gate_up_proj_bias      {l}.gate_up_bias    bf16  E 2I
+model.layers.{l}.mlp.experts.down_proj_blocks       {l}.down_weight     u8    E H I/32 16
+model.layers.{l}.mlp.experts.down_proj_scales       {l}.down_scale      e8m0  E H I/32
+model.layers.{l}.mlp.experts.down_proj_bias         {l}.down_bias       bf16  E H
+""",
+    "hf-bf16": HF + """
+model.layers.{l}.mlp.experts.gate_up_proj           {l}.gate_up_weight  bf16  E H 2I
+model.layers.{l}.mlp.experts.gate_up_proj_bias      {l}.gate_up_bias    bf16  E 2I
+model.layers.{l}.mlp.experts.down_proj              {l}.down_weight     bf16  E I H
+model.layers.{l}.mlp.experts.down_proj_bias         {l}.down_bias       bf16  E H
+""",
+    "quark": HF + """
+model.layers.{l}.mlp.experts.{e}.gate_up_proj.weight        {l}.gate_up_weight       u8     2I H/2
+model.layers.{l}.mlp.experts.{e}.gate_up_proj.weight_scale  {l}.gate_up_scale        e8m0   2I H/32
+model.layers.{l}.mlp.experts.{e}.gate_up_proj.bias          {l}.gate_up_bias         bf16   2I
+model.layers.{l}.mlp.experts.{e}.gate_up_proj.input_scale   {l}.gate_up_input_scale  float
+model.layers.{l}.mlp.experts.{e}.down_proj.weight           {l}.down_weight          u8     H I/2
+model.layers.{l}.mlp.experts.{e}.down_proj.weight_scale     {l}.down_scale           e8m0   H I/32
+model.layers.{l}.mlp.experts.{e}.down_proj.bias             {l}.down_bias            bf16   H
+model.layers.{l}.mlp.experts.{e}.down_proj.input_scale      {l}.down_input_scale     float
+""",
+    "openai": """
+embedding.weight                      embedding           bf16  V H
+unembedding.weight                    unembedding         bf16  V H
+norm.scale                            norm                bf16  H
+block.{l}.attn.norm.scale             {l}.attn_norm       bf16  H
+block.{l}.attn.qkv.weight             {l}.qkv_weight      bf16  QKV H
+block.{l}.attn.qkv.bias               {l}.qkv_bias        bf16  QKV
+block.{l}.attn.sinks                  {l}.sinks           bf16  heads
+block.{l}.attn.out.weight             {l}.out_weight      bf16  H Q
+block.{l}.attn.out.bias               {l}.out_bias        bf16  H
+block.{l}.mlp.norm.scale              {l}.mlp_norm        bf16  H
+block.{l}.mlp.gate.weight             {l}.router_weight   bf16  E H
+block.{l}.mlp.gate.bias               {l}.router_bias     bf16  E
+block.{l}.mlp.mlp1_weight.blocks      {l}.gate_up_weight  u8    E 2I H/32 16
+block.{l}.mlp.mlp1_weight.scales      {l}.gate_up_scale   e8m0  E 2I H/32
+block.{l}.mlp.mlp1_bias               {l}.gate_up_bias    bf16  E 2I
+block.{l}.mlp.mlp2_weight.blocks      {l}.down_weight     u8    E H I/32 16
+block.{l}.mlp.mlp2_weight.scales      {l}.down_scale      e8m0  E H I/32
+block.{l}.mlp.mlp2_bias               {l}.down_bias       bf16  E H
+""",
+}
+DTYPES = {"bf16": ("BF16",), "u8": ("U8",), "e8m0": ("U8", "F8_E8M0"), "float": ("F32", "BF16", "F16")}
+# endings of names that tell the layouts apart
+MARKS = {"hf-mxfp4": "mlp.experts.gate_up_proj_blocks", "hf-bf16": "mlp.experts.gate_up_proj",
+         "quark": "mlp.experts.0.gate_up_proj.weight", "openai": "mlp.mlp1_weight.blocks"}
+
+
+@dataclass
+class Stored:
+    """A tensor as its layout wants it stored."""
+    name: str
+    ours: str
+    dtypes: tuple[str, ...]  # safetensors' names of the dtypes it may have
+    shape: tuple[int, ...]
+
+
+def tensors_of(config: Config, layout: str, layer: int | None) -> list[Stored]:
+    """What the layout stores for one layer, or (None) outside the layers."""
+    c = config
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    size = {"V": c.vocab_size, "H": c.hidden_size, "E": c.num_local_experts, "heads": c.num_attention_heads,
+            "16": MX_GROUP // 2, "Q": q, "KV": kv, "QKV": q + 2 * kv,
+            "I": c.intermediate_size, "2I": 2 * c.intermediate_size,
+            "H/2": c.hidden_size // 2, "H/32": c.hidden_size // MX_GROUP,
+            "I/2": c.intermediate_size // 2, "I/32": c.intermediate_size // MX_GROUP}
+    stored = []
+    for row in LAYOUTS[layout].strip().splitlines():
+        if row and ("{l}" in row) == (layer is not None):
+            name, ours, dtype, *shape = row.split()
+            for e in range(c.num_local_experts if "{e}" in name else 1):
+                stored.append(Stored(name.format(l=layer, e=e), ours.format(l=layer), DTYPES[dtype],
+                                     tuple(size[s] for s in shape)))
+    return stored
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+def load(path: str | Path) -> Checkpoint:
+    """Loads the checkpoint in folder `path`. Tensors are memory-mapped views of its files, but for those that are
+    joined (Hugging Face's q, k, v; Quark's experts), which are copied into memory a layer at a time.
+
+    Raises CheckpointError for anything missing, unexpected, contradictory or damaged."""
+    path = Path(path)
+    raw = read_json(path / "config.json")
+    config = Config.from_dict(raw, str(path / "config.json"))
+    files = find_files(path)
+    layout = decide_layout(path, raw, files)
+    if layout != "hf-bf16" and (config.hidden_size % MX_GROUP or config.intermediate_size % MX_GROUP):
+        raise CheckpointError(f"{path / 'config.json'}: hidden_size and intermediate_size must be multiples of "
+                              f"{MX_GROUP}, the group that shares a scale")
+    groups = {layer: tensors_of(config, layout, layer) for layer in (None, *range(config.num_hidden_layers))}
+    check(path, files, [stored for group in groups.values() for stored in group])
+
+    dense, experts = {}, []
+    for layer, group in progress(groups.items(), "loading"):
+        tensors = read(files, group)
+        if layer is not None:
+            fields = {field.name: tensors.pop(f"{layer}.{field.name}", None) for field in dataclasses.fields(Experts)}
+            experts.append(as_experts(layout, fields))
+        dense |= tensors
+    return Checkpoint(config, layout, dense, experts)
+
+
+def read(files: dict[str, Path], group: list[Stored]) -> dict[str, torch.Tensor]:
+    """Our name -> tensor. Files are mapped anew for each group: pages that went into a copy leave memory with it."""
+    handles = {file: open_file(file) for file in {files[stored.name] for stored in group}}
+    parts: dict[str, list[torch.Tensor]] = {}
+    for stored in group:
+        tensor = handles[files[stored.name]].get_tensor(stored.name).reshape(stored.shape)
+        # a scale is a byte: reinterpreted, never converted
+        tensor = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor
+        parts.setdefault(stored.ours, []).append(tensor)
+    return {ours: part[0] if len(part) == 1 else torch.cat(part) if "qkv" in ours else torch.stack(part)
+            for ours, part in parts.items()}
+
+
+def as_experts(layout: str, fields: dict) -> Experts:
+    """The layer's expert tensors in the shapes of Experts: all views."""
+    for name in ("gate_up", "down"):
+        if layout == "hf-bf16":
+            fields[f"{name}_weight"] = fields[f"{name}_weight"].transpose(1, 2)  # [E, in, out] -> [E, out, in]
+        elif layout == "quark":
+            fields[f"{name}_input_scale"] = float(fields[f"{name}_input_scale"].float().max())  # [E] -> one
+        else:
+            fields[f"{name}_weight"] = fields[f"{name}_weight"].flatten(-2)  # [E, out, in/32, 16] -> [E, out, in/2]
+    return Experts(**fields)
+
+
+def decide_layout(path: Path, raw: dict, names: Iterable[str]) -> str:
+    """The layout, from the tensor names and config.json's quantization_config; a contradiction raises."""
+    source, quantization = path / "config.json", raw.get("quantization_config") or {}
+    method = str(quantization.get("quant_method", "")).lower()
+    found = [layout for layout, mark in MARKS.items() if any(name.endswith(mark) for name in names)]
+    if method not in ("", "mxfp4", "quark"):
+        raise CheckpointError(f"{source}: unknown quantisation: quant_method {method!r}, expected mxfp4 or quark")
+    if len(found) != 1:
+        raise CheckpointError(f"{path}: {'several layouts' if found else 'no known layout'} by the names of its "
+                              f"tensors; the endings that decide are {MARKS}")
+    allowed = {"hf-mxfp4": ("", "mxfp4"), "openai": ("", "mxfp4"), "quark": ("quark",), "hf-bf16": ("",)}[found[0]]
+    if method not in allowed:
+        raise CheckpointError(f"{source}: quant_method {method!r} contradicts the tensors, which are {found[0]}")
+    if method == "quark":
+        check_quark(source, quantization)
+    return found[0]
+
+
+def check_quark(source: Path, quantization: dict) -> None:
+    """Raises unless this is Quark's w_mxfp4_a_fp8: fp4 weights with E8M0 scales per 32, static FP8 activations."""
+    for path, allowed in {
+        "global_quant_config.weight.dtype": "fp4|mxfp4", "global_quant_config.weight.qscheme": "per_group",
+        "global_quant_config.weight.group_size": str(MX_GROUP), "global_quant_config.weight.scale_format": "e8m0",
+        "global_quant_config.weight.is_dynamic": "false", "global_quant_config.input_tensors.dtype": ".*fp8.*",
+        "export.pack_method": "reorder", "export.weight_format": "real_quantized",
+    }.items():
+        found = lookup(quantization, path)
+        if not re.fullmatch(allowed, str(found).lower()):
+            raise CheckpointError(f"{source}: unknown quantisation: quantization_config.{path} is {found!r}, "
+                                  f"expected {allowed}")
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object from `file`; raises CheckpointError naming the file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}; a checkpoint is a folder with config.json and "
+                              "*.safetensors") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def find_files(path: Path) -> dict[str, Path]:
+    """Name of every tensor -> the file that holds it; the shard index, where there is one, must agree."""
+    index = path / "model.safetensors.index.json"
+    shards = sorted(path.glob("*.safetensors"))
+    weight_map = {}
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: has no weight_map table")
+        shards = [path / shard for shard in sorted(set(weight_map.values()))]
+    if not shards:
+        raise CheckpointError(f"{path}: no *.safetensors in this folder")
+    files: dict[str, Path] = {}
+    for shard in shards:
+        if not shard.exists():
+            raise CheckpointError(f"{shard}: no such file, but {index.name} names this shard; download it")
+        for name in open_file(shard).keys():  # noqa: SIM118
+            if name in files:
+                raise CheckpointError(f"{shard}: tensor {name} is in {files[name].name} too")
+            files[name] = shard
+    for name, shard in weight_map.items():
+        if files.get(name) != path / shard:
+            raise CheckpointError(f"{path / shard}: missing tensor {name}, which {index.name} places there")
+    return files
+
+
+def open_file(file: Path):
+    """safe_open with an error that names the file; a truncated shard fails here."""
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: not a whole safetensors file ({error}); download it again") from error
+
+
+def check(path: Path, files: dict[str, Path], expected: list[Stored]) -> None:
+    """Accounts for every tensor: raises on one that is missing, unexpected, or of another shape or dtype."""
+    headers = {file: open_file(file) for file in set(files.values())}
+    for stored in expected:
+        want = f"expected {' or '.join(stored.dtypes)} {list(stored.shape)}"
+        if stored.name not in files:
+            raise CheckpointError(f"{path}: missing tensor {stored.name}, {want}")
+        file = files[stored.name]
+        found = headers[file].get_slice(stored.name)
+        shape, dtype = tuple(found.get_shape()), found.get_dtype()
+        # a scalar may be stored as [1]
+        if shape != stored.shape and not (stored.shape == () and shape == (1,)) or dtype not in stored.dtypes:
+            raise CheckpointError(f"{file}: tensor {stored.name} is {dtype} {list(shape)}, {want}")
+    if unexpected := sorted(set(files) - {stored.name for stored in expected}):
+        raise CheckpointError(f"{files[unexpected[0]]}: unexpected tensor {unexpected[0]}"
+                              f"{f' and {len(unexpected) - 1} more' * (len(unexpected) > 1)}; config.json has no place "
+                              "for it")
+
+
+def progress(items: Collection, label: str) -> Iterator:
+    """Passes `items` through, with a bar on stderr where that is a terminal."""
+    for done, item in enumerate(items, 1):
+        yield item
+        if sys.stderr.isatty():
+            bar = f"{'#' * (30 * done // len(items)):30}"
+            end = "\r\033[K" if done == len(items) else ""
+            print(f"\r{label} [{bar}] {done}/{len(items)}", end=end, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+def byte_of_character() -> dict[str, int]:
+    """The printable characters that stand for bytes in a byte-level BPE vocabulary (GPT-2's encoder.py): a byte that
+    prints stands for itself, the others take the code points from 256 on, in order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
+    """The checkpoint's own tokenizer.json (byte-level BPE) as a tiktoken encoding; for OpenAI's layout, which has
+    none, tiktoken's o200k_harmony. Raises CheckpointError where neither can be had."""
+    file = Path(path) / "tokenizer.json"
+    if not file.exists():
+        try:
+            return tiktoken.get_encoding("o200k_harmony")
+        except Exception as error:  # tiktoken passes on whatever its download raised
+            raise CheckpointError(f"{file}: no such file, and tiktoken's o200k_harmony cannot be had ({error}); copy "
+                                  "tokenizer.json from the Hugging Face checkpoint beside config.json") from error
+    raw = read_json(file)
+    try:
+        model, steps = raw["model"], raw["pre_tokenizer"]
+        steps = steps.get("pretokenizers", [steps])
+        pattern = next(step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
+        byte_of = byte_of_character()
+        specials = {token["content"]: token["id"] for token in raw["added_tokens"]}
+        ranks = {bytes(byte_of[character] for character in token): rank
+                 for token, rank in model["vocab"].items() if token not in specials}
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        order = [model["vocab"][left + right] for left, right in merges]
+    except (KeyError, TypeError, StopIteration, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a byte-level BPE tokenizer with a Split pattern "
+                              f"({type(error).__name__}: {error})") from error
+    if order != sorted(order):  # tiktoken merges the lowest id first, so ids must rise with the merges
+        raise CheckpointError(f"{file}: token ids do not rise in the order of the merges")
+    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
+        raise CheckpointError(f"{file}: no token for the bytes {missing}")
+    return tiktoken.Encoding(name=str(file), pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
