@@ -32,8 +32,8 @@ from weights import MX_GROUP, CheckpointError, Config, Experts
 
 PAGE_SIZE = 16  # tokens of a KV page
 MAX_BATCH = 64  # sequences that decode together
-PREFILL_TOKENS = 1024  # tokens of a prompt that run together, fewer where
-PREFILL_SCORES = 1 << 26  # their float32 attention scores of one layer, heads x queries x keys, would exceed 256 MB
+PREFILL_TOKENS = 1024  # tokens of a prompt that run together
+PREFILL_SCORES = 1 << 26  # heads x queries x keys: fewer tokens run together where a layer's scores would be more
 EXPAND_BELOW = 1 << 30  # bytes: the experts of a model this small are dequantised once, at load
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
 SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) approximates the normal distribution's CDF (the GELU paper, section 2)
@@ -74,8 +74,8 @@ def round_e2m1(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantise_fp8(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """x / scale as e4m3, clamped to its largest value; float32, still divided by scale."""
-    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    """x rounded to multiples e4m3 x scale, clamped to +-448 x scale; float32."""
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -98,17 +98,17 @@ def moe_reference(x, router_weight, router_bias, experts: Experts, top_k: int, a
     logits, chosen = logits.sort(dim=-1, descending=True, stable=True)
     gate_weight = logits[:, :top_k].softmax(-1)  # [T, k]
     expert, order = chosen[:, :top_k].flatten().sort(stable=True)  # rows: the (token, slot) pairs, by expert
-    ends = torch.bincount(expert, minlength=len(router_bias)).cumsum(0)  # [E] one past each expert's last row
+    runs = list(collections.Counter(expert.tolist()).items())  # (expert, how many rows), as they lie
 
     # dispatch: gather the rows, first GEMM, SwiGLU
     x_in = F.embedding(order // top_k, as_seen(x, activations, experts.gate_up_input_scale))  # [T*k, H]
-    h = expert_linear(x_in, expert, ends, experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias)
+    h = expert_linear(x_in, runs, experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias)
     gate, up = h[:, 0::2].float().clamp(max=swiglu_limit), h[:, 1::2].float().clamp(-swiglu_limit, swiglu_limit)
     h = gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)  # [T*k, I]
 
     # combine: second GEMM, back to the order of the tokens, weighted sum over the k slots
     h = as_seen(h.to(x.dtype) if activations == "bf16" else h, activations, experts.down_input_scale)
-    y = expert_linear(h, expert, ends, experts.down_weight, experts.down_scale, experts.down_bias).float()
+    y = expert_linear(h, runs, experts.down_weight, experts.down_scale, experts.down_bias).float()
     y = torch.empty_like(y).index_copy_(0, order, y).view(*gate_weight.shape, -1)  # [T*k, H] -> [T, k, H]
     return (y * gate_weight[..., None]).sum(1).to(x.dtype)
 
@@ -120,29 +120,26 @@ def as_seen(x: torch.Tensor, activations: str, static_scale: float | None) -> to
     return quantise_fp8(x.float(), static_scale) if activations == "fp8" else quantise_mx(x.float(), activations)
 
 
-def expert_linear(x, expert, ends, weight, scale, bias) -> torch.Tensor:
-    """x @ weight[e].T + bias[e] for rows [R, in] sorted by expert; expert [R], ends [E]. -> [R, out]. Experts that are
-    stored in another format are converted one by one, where a row uses them, and forgotten after."""
-    if weight.dtype == x.dtype:
-        return F.grouped_mm(x, weight.mT, offs=ends.int()) + F.embedding(expert, bias.to(x.dtype))
-    outputs, start = [], 0
-    for e, end in enumerate(ends.tolist()):
-        if end > start:
-            w = weight[e].to(x.dtype) if scale is None else dequantise_mxfp4(weight[e], scale[e], x.dtype)
-            outputs.append(F.linear(x[start:end], w, bias[e].to(x.dtype)))
-        start = end
+def expert_linear(x, runs, weight, scale, bias) -> torch.Tensor:
+    """x @ weight[e].T + bias[e], for the rows of x [R, in] that belong to expert e: runs [(e, rows)], consecutive. An
+    expert in another format is converted where rows use it and forgotten after. -> [R, out]."""
+    outputs = []
+    for (e, _), rows in zip(runs, x.split([n for _, n in runs]), strict=True):
+        w = weight[e].to(x.dtype) if scale is None else dequantise_mxfp4(weight[e], scale[e], x.dtype)
+        outputs.append(F.linear(rows, w, bias[e].to(x.dtype)))
     return torch.cat(outputs)
 
 
 def expand_experts(experts: Experts, dtype: torch.dtype) -> Experts:
-    """The same experts with weights and biases in dtype; in memory [E, in, out], as a CPU's GEMM of few rows likes."""
+    """The same experts with weights and biases in dtype, as tuples of one tensor an expert, cheap to index; in memory
+    [in, out], as a CPU's GEMM of few rows likes it."""
     def expand(weight, scale):
         full = weight.to(dtype) if scale is None else dequantise_mxfp4(weight, scale, dtype)
-        return full.mT.contiguous().mT
+        return full.mT.contiguous().mT.unbind()
 
     return replace(experts, gate_up_weight=expand(experts.gate_up_weight, experts.gate_up_scale), gate_up_scale=None,
                    down_weight=expand(experts.down_weight, experts.down_scale), down_scale=None,
-                   gate_up_bias=experts.gate_up_bias.to(dtype), down_bias=experts.down_bias.to(dtype))
+                   gate_up_bias=experts.gate_up_bias.to(dtype).unbind(), down_bias=experts.down_bias.to(dtype).unbind())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -192,8 +189,8 @@ class Span:
 @dataclass
 class Step:
     """The explicit inputs of a forward pass beside its tokens; fixed shapes if the tables are."""
-    cos: torch.Tensor  # [S, Q, N + 2G, D], 1 for the values, which do not turn
-    sin: torch.Tensor  # [S, Q, N + 2G, D], negated in the first half; 0 for the values
+    cos: torch.Tensor  # [S, Q, N + 2G, D]
+    sin: torch.Tensor  # [S, Q, N + 2G, D], negated in the first half
     spans: dict[str, Span]  # by kind of layer
 
 
@@ -216,21 +213,26 @@ class Layer:
     experts: Experts
 
 
-def yarn_inverse_frequencies(config: Config) -> tuple[torch.Tensor, float]:
-    """[D/2] radians per token and the factor on cos and sin (YaRN sections 3.2 to 3.4, bounds not truncated):
-    pairs that turn often within the initial context keep their frequency, slow ones are interpolated."""
+def rope_tables(config: Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Radians per token, and what multiplies their cos and sin, for every element of a token's queries, keys and
+    values: [N + 2G, D] each. Values do not turn: frequency 0, factor 1. YaRN (sections 3.2 to 3.4, bounds not
+    truncated): pairs that turn often within the initial context keep their frequency, slow ones are interpolated."""
     D, base, context = config.head_dim, config.rope_theta, config.initial_context_length
-    frequency = base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
+    frequency = base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)  # [D/2]
     low, high = (D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
                  for turns in (config.rope_beta_fast, config.rope_beta_slow))
     low, high = max(low, 0), min(high, D - 1)
     slow = ((torch.arange(D // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return frequency / config.rope_factor * slow + frequency * (1 - slow), 0.1 * math.log(config.rope_factor) + 1
+    frequency = frequency / config.rope_factor * slow + frequency * (1 - slow)
+    concentration = 0.1 * math.log(config.rope_factor) + 1
+    turning, G = config.num_attention_heads + config.num_key_value_heads, config.num_key_value_heads
+    sign = torch.tensor([-1.0, 1.0]).repeat_interleave(D // 2)  # of sin in rotate's two halves
+    return (F.pad(torch.cat([frequency, frequency]).expand(turning, D), (0, 0, 0, G)),
+            F.pad(torch.full((turning, D), concentration), (0, 0, 0, G), value=1.0), concentration * sign)
 
 
 def rotate(x: torch.Tensor, step: Step) -> torch.Tensor:
-    """Rotary embedding of queries and keys in x [S, Q, N + 2G, D], on the pairs (i, i + D/2): (a, b) -> (a cos - b sin,
-    b cos + a sin)."""
+    """Rotary embedding of x [S, Q, N + 2G, D] on the pairs (i, i + D/2): (a, b) -> (a cos - b sin, b cos + a sin)."""
     return torch.addcmul(x * step.cos, x.roll(x.shape[-1] // 2, -1), step.sin)
 
 
@@ -240,7 +242,10 @@ class GPTOSS:
     def __init__(self, checkpoint: weights.Checkpoint, device="cpu", dtype: torch.dtype | None = None,
                  moe: str = "auto", activations: str = "auto"):
         self.config, self.layout = checkpoint.config, checkpoint.layout
-        self.device = torch.device(device)
+        try:
+            self.device = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         if moe not in ("auto", "torch", "gluon"):
             raise ValueError(f"moe={moe!r}, expected auto, torch or gluon")
@@ -253,8 +258,7 @@ class GPTOSS:
                              f"{self.layout}; use mxfp8")
         self.activations = ("fp8" if self.layout == "quark" else "bf16") if activations == "auto" else activations
         self.load(checkpoint)
-        self.inverse_frequencies, self.concentration = yarn_inverse_frequencies(self.config)
-        self.inverse_frequencies = self.inverse_frequencies.to(self.device)
+        self.frequencies, self.cos_scale, self.sin_scale = (t.to(self.device) for t in rope_tables(self.config))
         self.root_eps = torch.tensor(self.config.rms_norm_eps, device=self.device).sqrt()
         self.cache: KVCache | None = None  # of the latest generation
 
@@ -326,30 +330,26 @@ class GPTOSS:
         out = out.view(S, G, M, Q, D).permute(0, 3, 1, 2, 4).reshape(S * Q, N * D)
         return F.linear(out, layer.out_weight, layer.out_bias)
 
-    def step(self, positions: torch.Tensor, tables: dict[str, torch.Tensor]) -> Step:
-        """positions [S, Q], consecutive in a row; tables: kind -> block tables [S, pages]."""
+    def step(self, positions: torch.Tensor, slots: dict[str, torch.Tensor]) -> Step:
+        """positions [S, Q], consecutive in a row; slots: kind -> [S, 1 + C], from slot_tensors."""
         c, (S, Q) = self.config, positions.shape
-        N, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        angles = positions[..., None, None] * self.inverse_frequencies  # [S, Q, 1, D/2]
-        cos, sin = angles.cos() * self.concentration, angles.sin() * self.concentration
-        cos = F.pad(torch.cat([cos, cos], -1).expand(S, Q, N + G, D), (0, 0, 0, G), value=1.0).to(self.dtype)
-        sin = F.pad(torch.cat([-sin, sin], -1).expand(S, Q, N + G, D), (0, 0, 0, G)).to(self.dtype)
+        G = c.num_key_value_heads
+        angles = positions[..., None, None] * self.frequencies  # [S, Q, N + 2G, D]
         spans = {}
-        for kind, table in tables.items():
-            slots = table[..., None] * self.cache.page_size + torch.arange(self.cache.page_size, device=self.device)
-            slots = slots.flatten(1)  # [S, C]
-            C = slots.shape[1]
+        for kind, read in slots.items():
+            C = read.shape[1] - 1
             # the newest token before this step that lies at each ring index; negative: none does
             last = positions[:, :1] - 1
             cached = last - (last - torch.arange(C, device=self.device)) % C  # [S, C]
-            keys = F.pad(torch.cat([cached, positions], 1), (1, 0))[:, None]  # [S, 1, L]
-            distance = positions[:, :, None] - keys  # [S, Q, L]
+            keys = torch.cat([cached, positions], 1)[:, None]  # [S, 1, C + Q]
+            distance = positions[:, :, None] - keys  # [S, Q, C + Q]
             window = c.sliding_window if kind == "sliding_attention" else c.max_position_embeddings
             hidden = (distance < 0) | (distance >= window) | (keys < 0)
-            mask = torch.zeros(hidden.shape, device=self.device, dtype=self.dtype).masked_fill_(hidden, -math.inf)
-            mask = mask[:, None, None].expand(S, G, N // G, Q, -1).contiguous()
-            spans[kind] = Span(F.pad(slots, (1, 0)), slots.gather(1, positions[:, -C:] % C), mask)
-        return Step(cos, sin, spans)
+            mask = torch.zeros(S, G, c.num_attention_heads // G, Q, 1 + C + Q, device=self.device, dtype=self.dtype)
+            mask[..., 1:].masked_fill_(hidden[:, None, None], -math.inf)
+            spans[kind] = Span(read, read.gather(1, positions[:, -C:] % C + 1), mask)
+        cos, sin = angles.cos() * self.cos_scale, angles.sin() * self.sin_scale
+        return Step(cos.to(self.dtype), sin.to(self.dtype), spans)
 
     # -- engine -------------------------------------------------------------------------------------------------
 
@@ -370,14 +370,18 @@ class GPTOSS:
             chunk = min(PREFILL_TOKENS, max(1, PREFILL_SCORES // (self.config.num_attention_heads * seen)))
             end = min(start + chunk, len(tokens))
             positions = torch.arange(start, end, device=self.device)[None]
-            step = self.step(positions, self.table_tensors([tables], end))
+            step = self.step(positions, self.slot_tensors([tables], end))
             yield self.forward(torch.tensor(tokens[start:end], device=self.device), step)
             start = end
 
-    def table_tensors(self, tables: list[dict[str, list[int]]], length: int) -> dict[str, torch.Tensor]:
-        """Block tables as tensors [S, pages], cut to what `length` tokens use; padding is masked as unwritten."""
-        return {kind: torch.tensor([(table[kind] + [0] * width)[:width] for table in tables], device=self.device)
-                for kind, width in pages_needed(self.config, length, self.cache.page_size).items()}
+    def slot_tensors(self, tables: list[dict[str, list[int]]], length: int) -> dict[str, torch.Tensor]:
+        """Block tables, cut to what `length` tokens use, as pool slots: kind -> [S, 1 + C], slot 0 and then the slots
+        in ring order. A shorter table is filled up with page 0."""
+        size, slots = self.cache.page_size, {}
+        for kind, width in pages_needed(self.config, length, size).items():
+            pages = torch.tensor([(table[kind] + [0] * width)[:width] for table in tables], device=self.device)
+            slots[kind] = F.pad((pages[..., None] * size + torch.arange(size, device=self.device)).flatten(1), (1, 0))
+        return slots
 
     def generate(self, prompts, max_new_tokens, **options) -> list[list[int]]:
         """The new tokens of each prompt, without the stop token. Arguments and errors are those of `stream`."""
@@ -398,21 +402,22 @@ class GPTOSS:
         if max_new_tokens < 0 or page_size < 1 or max_batch < 1:
             raise ValueError(f"{max_new_tokens=} must not be negative, {page_size=} and {max_batch=} must be positive")
         if temperature < 0 or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"expected temperature >= 0, top_k >= 1, 0 < top_p <= 1, got {temperature=} {top_k=} {top_p=}")
+            raise ValueError(f"{temperature=} must not be negative, {top_k=} at least 1, {top_p=} in (0, 1]")
         for index, prompt in enumerate(prompts):
             self.check_prompt(index, prompt, max_new_tokens)
-        needed = [sum(pages_needed(self.config, len(prompt) + max_new_tokens, page_size).values()) for prompt in prompts]
+        needed = [sum(pages_needed(self.config, len(p) + max_new_tokens, page_size).values()) for p in prompts]
         if num_pages is None:
             num_pages = min(sum(sorted(needed)[-max_batch:]), self.pages_that_fit(page_size))
         for index, pages in enumerate(needed):
             if pages > num_pages:
-                raise ValueError(f"prompt {index} needs {pages} pages of {page_size} tokens for its {len(prompts[index])} "
-                                 f"tokens and {max_new_tokens} new ones, the pool has {num_pages}; raise num_pages or "
-                                 "lower max_new_tokens")
+                raise ValueError(f"prompt {index} needs {pages} pages of {page_size} tokens for "
+                                 f"{len(prompts[index])} tokens and {max_new_tokens} new ones, the pool has {num_pages}"
+                                 "; raise num_pages or lower max_new_tokens")
         self.cache = KVCache(self.config, num_pages, page_size, self.device, self.dtype)
-        waiting = collections.deque(
-            Sequence(index, list(prompt), max_new_tokens, pages, random.Random(None if seed is None else f"{seed}/{index}"))
-            for index, (prompt, pages) in enumerate(zip(prompts, needed, strict=True)) if max_new_tokens)
+        waiting = collections.deque()
+        for index in range(len(prompts) if max_new_tokens else 0):
+            draws = random.Random(None if seed is None else f"{seed}/{index}")
+            waiting.append(Sequence(index, list(prompts[index]), max_new_tokens, needed[index], draws))
         return self.run(waiting, max_batch, set(stop_tokens or ()), (temperature, top_k, top_p))
 
     def check_prompt(self, index: int, prompt: list[int], max_new_tokens: int) -> None:
@@ -422,8 +427,8 @@ class GPTOSS:
         if bad := [t for t in prompt if not 0 <= t < self.config.vocab_size]:
             raise ValueError(f"prompt {index} has token {bad[0]}, outside the vocabulary of {self.config.vocab_size}")
         if len(prompt) + max_new_tokens > self.config.max_position_embeddings:
-            raise ValueError(f"prompt {index} is too long: {len(prompt)} tokens and {max_new_tokens} new ones exceed the "
-                             f"model's context of {self.config.max_position_embeddings}")
+            raise ValueError(f"prompt {index} is too long: {len(prompt)} tokens and {max_new_tokens} new ones exceed "
+                             f"the model's context of {self.config.max_position_embeddings}")
 
     def pages_that_fit(self, page_size: int) -> int:
         """Pages for 90% of a GPU's free memory; a CPU's is not measured."""
@@ -436,7 +441,6 @@ class GPTOSS:
     def run(self, waiting: collections.deque, max_batch: int, stop: set[int], sampling: tuple) -> Iterator:
         """Continuous batching: prompts are prefilled as soon as they fit, all running ones decode together."""
         running: list[Sequence] = []
-        tables: dict[str, torch.Tensor] = {}
         while waiting or running:
             while waiting and len(running) < max_batch and waiting[0].pages <= len(self.cache.free):
                 sequence = waiting.popleft()
@@ -444,18 +448,22 @@ class GPTOSS:
                 *_, hidden = self.prefill(sequence.tokens, sequence.tables)
                 running.append(sequence)
                 yield from self.emit([sequence], hidden[-1:], running, stop, sampling)
-            if running:
+            slots, room = {}, 0  # tables stay as they are until a sequence leaves or the longest fills its last page
+            members = list(running)
+            while running and running == members and not (waiting and waiting[0].pages <= len(self.cache.free)):
                 length = max(len(sequence.tokens) for sequence in running)
-                tables = self.table_tensors([sequence.tables for sequence in running], length)
+                if length > room:
+                    slots = self.slot_tensors([sequence.tables for sequence in running], length)
+                    room = -(-length // self.cache.page_size) * self.cache.page_size
                 positions = torch.tensor([[len(sequence.tokens) - 1] for sequence in running], device=self.device)
                 tokens = torch.tensor([sequence.tokens[-1] for sequence in running], device=self.device)
-                hidden = self.forward(tokens, self.step(positions, tables))
-                yield from self.emit(list(running), hidden, running, stop, sampling)
+                hidden = self.forward(tokens, self.step(positions, slots))
+                yield from self.emit(members, hidden, running, stop, sampling)
 
     def emit(self, sequences, hidden, running, stop, sampling) -> Iterator[tuple[int, int]]:
         """Samples a token for each sequence from its hidden state [S, H]; those that are done leave `running`."""
         logits = F.linear(hidden, self.unembedding).float()  # [S, V]
-        draws = torch.tensor([sequence.random.random() for sequence in sequences], device=self.device)
+        draws = [sequence.random.random() for sequence in sequences]
         for sequence, token in zip(sequences, sample(logits, draws, *sampling).tolist(), strict=True):
             sequence.tokens.append(token)
             sequence.remaining -= 1
@@ -477,29 +485,30 @@ class Sequence:
     tables: dict[str, list[int]] | None = None  # block tables, by kind of layer
 
 
-def sample(logits: torch.Tensor, draws: torch.Tensor, temperature: float, top_k: int | None,
+def sample(logits: torch.Tensor, draws: list[float], temperature: float, top_k: int | None,
            top_p: float | None) -> torch.Tensor:
-    """One token per row. logits [S, V] float32, draws [S] uniform in [0, 1). temperature 0: the largest logit. Else
+    """One token per row. logits [S, V] float32, draws: S uniform in [0, 1). temperature 0: the largest logit. Else
     inverse transform sampling from softmax(logits / temperature), cut to the top_k likeliest, renormalised, then cut
     to the likeliest whose sum reaches top_p."""
     if temperature == 0:
         return logits.argmax(-1)
-    share, token = (logits / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    share, token = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         share[:, top_k:] = 0
     if top_p is not None:
         share /= share.sum(-1, keepdim=True)
         share[share.cumsum(-1) - share >= top_p] = 0
-    total = share.cumsum(-1)
-    rank = (total <= draws[:, None] * total[:, -1:]).sum(-1, keepdim=True)
-    return token.gather(1, rank)[:, 0]
+    total = share.double().cumsum(-1)
+    rank = (total <= torch.tensor(draws, device=total.device, dtype=total.dtype)[:, None] * total[:, -1:]).sum(-1)
+    rank = rank.minimum((share > 0).sum(-1) - 1)  # should the product have rounded up to the whole
+    return token.gather(1, rank[:, None])[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Chat: the Harmony format
 
-SYSTEM = ("You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\nCurrent date: {date}\n\n"
-          "Reasoning: {effort}\n\n"
+SYSTEM = ("You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
+          "Current date: {date}\n\nReasoning: {effort}\n\n"
           "# Valid channels: analysis, commentary, final. Channel must be included for every message.")
 
 
@@ -507,21 +516,23 @@ def chat_tokens(tokenizer: tiktoken.Encoding, turns: list[tuple[str, str]], date
     """A conversation as the tokens a Harmony model continues. turns: ("user" | "assistant", text) in order, an
     assistant's text being its final channel; date: YYYY-MM-DD; effort: low, medium or high. Text cannot smuggle in
     special tokens. Raises KeyError where the tokenizer has no Harmony tokens."""
-    special = tokenizer._special_tokens
+    start, channel, message, end = map(tokenizer.encode_single_token,
+                                       ("<|start|>", "<|channel|>", "<|message|>", "<|end|>"))
     tokens = []
     for role, text in [("system", SYSTEM.format(date=date, effort=effort)), *turns]:
-        tokens += [special["<|start|>"], *tokenizer.encode_ordinary(role)]
+        tokens += [start, *tokenizer.encode_ordinary(role)]
         if role == "assistant":
-            tokens += [special["<|channel|>"], *tokenizer.encode_ordinary("final")]
-        tokens += [special["<|message|>"], *tokenizer.encode_ordinary(text), special["<|end|>"]]
-    return tokens + [special["<|start|>"], *tokenizer.encode_ordinary("assistant")]
+            tokens += [channel, *tokenizer.encode_ordinary("final")]
+        tokens += [message, *tokenizer.encode_ordinary(text), end]
+    return tokens + [start, *tokenizer.encode_ordinary("assistant")]
 
 
 class Reader:
     """Turns generated tokens into text as they come, and tells a chat model's channels apart."""
 
     def __init__(self, tokenizer: tiktoken.Encoding, chat: bool):
-        self.tokenizer, self.name_of = tokenizer, {id: name for name, id in tokenizer._special_tokens.items()}
+        self.tokenizer = tokenizer
+        self.name_of = {tokenizer.encode_single_token(name): name for name in tokenizer.special_tokens_set}
         self.chat, self.channel, self.header = chat, None if chat else "final", None
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
@@ -575,38 +586,23 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def answer(model: GPTOSS, tokenizer: tiktoken.Encoding, prompts: list[list[int]], args, chat: bool) -> list[str]:
-    """Generates for the prompts and prints: stdout the text, in the order of the prompts and as it comes for the
-    first unfinished one; stderr the statistics. Returns the final channel of each."""
-    special = tokenizer._special_tokens
-    stop = {*model.config.eos_token_id, *(special[n] for n in ("<|return|>", "<|call|>", "<|endoftext|>") if n in special)}
+    """Generates for the prompts; prints the text on stdout, a single prompt's as it comes and several in order at the
+    end, and the statistics on stderr. Returns the final channel of each."""
+    ends = tokenizer.special_tokens_set & {"<|return|>", "<|call|>", "<|endoftext|>"}
+    stop = {*model.config.eos_token_id, *map(tokenizer.encode_single_token, ends)}
     readers = [Reader(tokenizer, chat) for _ in prompts]
     shown, final, times = [""] * len(prompts), [""] * len(prompts), [[] for _ in prompts]
-    printed, front = 0, 0  # characters of prompt `front` on stdout
     start = time.perf_counter()
-
-    def flush(last: bool) -> None:
-        nonlocal printed, front
-        while front < len(prompts):
-            sys.stdout.write(shown[front][printed:])
-            printed = len(shown[front])
-            if not (last or front in done):
-                break
-            sys.stdout.write("" if shown[front].endswith("\n") or not shown[front] else "\n")
-            front, printed = front + 1, 0
-        sys.stdout.flush()
-
-    done: set[int] = set()
     for index, token in model.stream(prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
                                      stop, args.num_pages, args.page_size, args.max_batch):
         times[index].append(time.perf_counter())
         channel, text = readers[index].read(token)
         final[index] += text if channel == "final" else ""
-        shown[index] += text if channel == "final" or args.show_reasoning else ""
-        if len(times[index]) == args.max_new_tokens:
-            done.add(index)
-        flush(last=False)
-    flush(last=True)
-
+        if channel == "final" or channel and args.show_reasoning:
+            shown[index] += text
+            if len(prompts) == 1:
+                print(text, end="", flush=True)
+    print("" if len(prompts) == 1 and shown[0] else "\n".join(shown))
     for index, text in enumerate(final):
         if chat and not text:
             print(f"prompt {index}: no final channel within {len(times[index])} tokens; raise --max-new-tokens, or see "
@@ -623,8 +619,9 @@ def report(model: GPTOSS, times: list[list[float]], start: float) -> None:
     count, seconds = sum(map(len, times)), time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"{count} tokens | TTFT {ttft} | TPOT {tpot} | {count / seconds:.1f} tok/s | pages {model.cache.peak} of "
-          f"{model.cache.num_pages} x {model.cache.page_size} tokens | peak memory {peak / 2**30:.2f} GiB", file=sys.stderr)
+    cache = model.cache
+    print(f"{count} tokens | TTFT {ttft} | TPOT {tpot} | {count / seconds:.1f} tok/s | pages {cache.peak} of "
+          f"{cache.num_pages} x {cache.page_size} tokens | peak memory {peak / 2**30:.2f} GiB", file=sys.stderr)
 
 
 def converse(model: GPTOSS, tokenizer: tiktoken.Encoding, args) -> None:
@@ -649,7 +646,7 @@ def main() -> int:
         parser.error("give --prompt TEXT (may repeat, - reads standard input) or --chat")
     try:
         tokenizer = weights.load_tokenizer(args.checkpoint)
-        chat = not args.raw and "<|channel|>" in tokenizer._special_tokens
+        chat = not args.raw and "<|channel|>" in tokenizer.special_tokens_set
         if args.chat and not chat:
             raise ValueError("--chat needs a chat model: a tokenizer with the Harmony tokens, and no --raw")
         texts = [sys.stdin.read() if text == "-" else text for text in args.prompt or ()]

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,11 +287,15 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def read(files: dict[str, Path], group: list[Stored]) -> dict[str, torch.Tensor]:
-    """Our name -> tensor. Files are mapped anew for each group: pages that went into a copy leave memory with it."""
-    handles = {file: open_file(file) for file in {files[stored.name] for stored in group}}
+    """Our name -> tensor. What is joined is read through maps of its own, so that its pages leave memory with them."""
+    rows = Counter(stored.ours for stored in group)
+    maps: dict[tuple[Path, bool], safe_open] = {}
     parts: dict[str, list[torch.Tensor]] = {}
     for stored in group:
-        tensor = handles[files[stored.name]].get_tensor(stored.name).reshape(stored.shape)
+        key = files[stored.name], rows[stored.ours] > 1
+        if key not in maps:
+            maps[key] = open_file(key[0])
+        tensor = maps[key].get_tensor(stored.name).reshape(stored.shape)
         # a scale is a byte: reinterpreted, never converted
         tensor = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor
         parts.setdefault(stored.ours, []).append(tensor)
