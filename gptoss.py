@@ -279,6 +279,7 @@ class GPTOSS:
         for n in weights.progress(range(c.num_hidden_layers), f"to {self.device}"):
             named = {f.name: dense[f"{n}.{f.name}"] for f in fields(Layer)[2:-1]}
             named = {k: t.to(self.device, torch.float32 if "norm" in k else self.dtype) for k, t in named.items()}
+            named = {k: t.mT.contiguous().mT if t.dim() == 2 and expand else t for k, t in named.items()}
             experts = replace(checkpoint.experts[n], **{
                 f.name: t.to(self.device) for f in fields(Experts)
                 if isinstance(t := getattr(checkpoint.experts[n], f.name), torch.Tensor)})
@@ -319,9 +320,10 @@ class GPTOSS:
         qkv = F.linear(x, layer.qkv_weight, layer.qkv_bias).view(S, Q, N + 2 * G, D)
         qkv = rotate(qkv, step)
         q, new = qkv[:, :, :N], qkv[:, :, N:].flatten(2)  # [S, Q, N, D], [S, Q, 2*G*D]
-        keys = torch.cat([F.embedding(span.read, pool), new], dim=1)  # [S, L, 2*G*D]
+        past = F.embedding(span.read, pool) if Q > 1 else None
         pool[span.write] = new[:, -span.write.shape[1]:]
-
+        # a prompt's chunk may overwrite what its own first queries see: it reads the cache before, decode after
+        keys = torch.cat([past, new], dim=1) if Q > 1 else F.embedding(span.read, pool)  # [S, L, 2*G*D]
         q = q.view(S, Q, G, M, D).permute(0, 2, 3, 1, 4).reshape(S, G, M * Q, D)
         k, v = keys.view(S, -1, 2, G, D).permute(2, 0, 3, 1, 4)  # [S, G, L, D] each
         span.mask[..., 0] = layer.sinks.view(G, M, 1)
@@ -338,14 +340,14 @@ class GPTOSS:
         spans = {}
         for kind, read in slots.items():
             C = read.shape[1] - 1
-            # the newest token before this step that lies at each ring index; negative: none does
-            last = positions[:, :1] - 1
-            cached = last - (last - torch.arange(C, device=self.device)) % C  # [S, C]
-            keys = torch.cat([cached, positions], 1)[:, None]  # [S, 1, C + Q]
-            distance = positions[:, :, None] - keys  # [S, Q, C + Q]
+            # the newest token that lies at each ring index when the layer reads it; negative: none does
+            newest = positions[:, :1] - int(Q > 1)
+            keys = newest - (newest - torch.arange(C, device=self.device)) % C  # [S, C]
+            keys = (torch.cat([keys, positions], 1) if Q > 1 else keys)[:, None]  # [S, 1, L - 1]
+            distance = positions[:, :, None] - keys  # [S, Q, L - 1]
             window = c.sliding_window if kind == "sliding_attention" else c.max_position_embeddings
             hidden = (distance < 0) | (distance >= window) | (keys < 0)
-            mask = torch.zeros(S, G, c.num_attention_heads // G, Q, 1 + C + Q, device=self.device, dtype=self.dtype)
+            mask = torch.zeros(S, G, c.num_attention_heads // G, Q, 1 + keys.shape[-1], device=self.device, dtype=self.dtype)
             mask[..., 1:].masked_fill_(hidden[:, None, None], -math.inf)
             spans[kind] = Span(read, read.gather(1, positions[:, -C:] % C + 1), mask)
         cos, sin = angles.cos() * self.cos_scale, angles.sin() * self.sin_scale
