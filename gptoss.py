@@ -347,7 +347,7 @@ class GPTOSS:
             distance = positions[:, :, None] - keys  # [S, Q, L - 1]
             window = c.sliding_window if kind == "sliding_attention" else c.max_position_embeddings
             hidden = (distance < 0) | (distance >= window) | (keys < 0)
-            mask = torch.zeros(S, G, c.num_attention_heads // G, Q, 1 + keys.shape[-1], device=self.device, dtype=self.dtype)
+            mask = angles.new_zeros(S, G, c.num_attention_heads // G, Q, 1 + keys.shape[-1], dtype=self.dtype)
             mask[..., 1:].masked_fill_(hidden[:, None, None], -math.inf)
             spans[kind] = Span(read, read.gather(1, positions[:, -C:] % C + 1), mask)
         cos, sin = angles.cos() * self.cos_scale, angles.sin() * self.sin_scale
