@@ -171,6 +171,15 @@ class KVCache:
         for table in tables.values():
             self.free.extend(table)
 
+    def slots(self, tables: list[dict[str, list[int]]], length: int) -> dict[str, torch.Tensor]:
+        """Block tables, cut to what `length` tokens use, as pool slots: kind -> [S, 1 + C], slot 0 and then the slots
+        in ring order. A shorter table is filled up with page 0."""
+        size, device, slots = self.page_size, self.pool.device, {}
+        for kind, width in pages_needed(self.config, length, size).items():
+            pages = torch.tensor([(table[kind] + [0] * width)[:width] for table in tables], device=device)
+            slots[kind] = F.pad((pages[..., None] * size + torch.arange(size, device=device)).flatten(1), (1, 0))
+        return slots
+
 
 def pages_needed(config: Config, length: int, page_size: int) -> dict[str, int]:
     """Pages that `length` tokens need, by kind of layer."""
@@ -188,7 +197,8 @@ class Span:
 
 @dataclass
 class Step:
-    """The explicit inputs of a forward pass beside its tokens; fixed shapes if the tables are."""
+    """The explicit inputs of a forward pass beside its tokens; of fixed shapes if the slots' are."""
+    pool: torch.Tensor  # of the KV cache, which the pass writes
     cos: torch.Tensor  # [S, Q, N + 2G, D]
     sin: torch.Tensor  # [S, Q, N + 2G, D], negated in the first half
     spans: dict[str, Span]  # by kind of layer
@@ -291,7 +301,7 @@ class GPTOSS:
     # -- forward pass -------------------------------------------------------------------------------------------
 
     def forward(self, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        """tokens [T] -> final hidden states [T, H]; writes the cache."""
+        """tokens [T] -> final hidden states [T, H]."""
         x = self.embedding[tokens]  # [T, H]
         for layer in self.layers:
             x = x + self.attention(self.rms_norm(x, layer.attn_norm), layer, step)
@@ -313,7 +323,7 @@ class GPTOSS:
 
         A head's sink is a logit of the softmax that stands for no value: the first of the L keys is all zeros (the
         pool's slot 0), so that its score is what the mask adds, the sink, and its value adds nothing."""
-        c, span, pool = self.config, step.spans[layer.kind], self.cache.pool[layer.depth]
+        c, span, pool = self.config, step.spans[layer.kind], step.pool[layer.depth]
         N, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         S, Q = step.cos.shape[:2]
         M = N // G  # query heads that share a key head
@@ -332,8 +342,8 @@ class GPTOSS:
         out = out.view(S, G, M, Q, D).permute(0, 3, 1, 2, 4).reshape(S * Q, N * D)
         return F.linear(out, layer.out_weight, layer.out_bias)
 
-    def step(self, positions: torch.Tensor, slots: dict[str, torch.Tensor]) -> Step:
-        """positions [S, Q], consecutive in a row; slots: kind -> [S, 1 + C], from slot_tensors."""
+    def step(self, cache: KVCache, positions: torch.Tensor, slots: dict[str, torch.Tensor]) -> Step:
+        """positions [S, Q], consecutive in a row; slots: kind -> [S, 1 + C], from the cache."""
         c, (S, Q) = self.config, positions.shape
         G = c.num_key_value_heads
         angles = positions[..., None, None] * self.frequencies  # [S, Q, N + 2G, D]
@@ -351,7 +361,7 @@ class GPTOSS:
             mask[..., 1:].masked_fill_(hidden[:, None, None], -math.inf)
             spans[kind] = Span(read, read.gather(1, positions[:, -C:] % C + 1), mask)
         cos, sin = angles.cos() * self.cos_scale, angles.sin() * self.sin_scale
-        return Step(cos.to(self.dtype), sin.to(self.dtype), spans)
+        return Step(cache.pool, cos.to(self.dtype), sin.to(self.dtype), spans)
 
     # -- engine -------------------------------------------------------------------------------------------------
 
@@ -360,11 +370,11 @@ class GPTOSS:
         """Teacher-forced logits, float32 [T, V]; row t predicts token t + 1. Raises ValueError for a bad prompt."""
         self.check_prompt(0, tokens, 0)
         pages = sum(pages_needed(self.config, len(tokens), PAGE_SIZE).values())
-        self.cache = KVCache(self.config, pages, PAGE_SIZE, self.device, self.dtype)
-        hidden = torch.cat(list(self.prefill(tokens, self.cache.allocate(len(tokens)))))
+        cache = KVCache(self.config, pages, PAGE_SIZE, self.device, self.dtype)
+        hidden = torch.cat(list(self.prefill(cache, tokens, cache.allocate(len(tokens)))))
         return F.linear(hidden, self.unembedding).float()
 
-    def prefill(self, tokens: list[int], tables: dict[str, list[int]]) -> Iterator[torch.Tensor]:
+    def prefill(self, cache: KVCache, tokens: list[int], tables: dict[str, list[int]]) -> Iterator[torch.Tensor]:
         """Runs a prompt through the model in chunks whose score matrix stays bounded; yields hidden states [Q, H]."""
         start = 0
         while start < len(tokens):
@@ -372,23 +382,14 @@ class GPTOSS:
             chunk = min(PREFILL_TOKENS, max(1, PREFILL_SCORES // (self.config.num_attention_heads * seen)))
             end = min(start + chunk, len(tokens))
             positions = torch.arange(start, end, device=self.device)[None]
-            step = self.step(positions, self.slot_tensors([tables], end))
+            step = self.step(cache, positions, cache.slots([tables], end))
             yield self.forward(torch.tensor(tokens[start:end], device=self.device), step)
             start = end
 
-    def slot_tensors(self, tables: list[dict[str, list[int]]], length: int) -> dict[str, torch.Tensor]:
-        """Block tables, cut to what `length` tokens use, as pool slots: kind -> [S, 1 + C], slot 0 and then the slots
-        in ring order. A shorter table is filled up with page 0."""
-        size, slots = self.cache.page_size, {}
-        for kind, width in pages_needed(self.config, length, size).items():
-            pages = torch.tensor([(table[kind] + [0] * width)[:width] for table in tables], device=self.device)
-            slots[kind] = F.pad((pages[..., None] * size + torch.arange(size, device=self.device)).flatten(1), (1, 0))
-        return slots
-
-    def generate(self, prompts, max_new_tokens, **options) -> list[list[int]]:
+    def generate(self, prompts: list[list[int]], *args, **options) -> list[list[int]]:
         """The new tokens of each prompt, without the stop token. Arguments and errors are those of `stream`."""
         new = [[] for _ in prompts]
-        for index, token in self.stream(prompts, max_new_tokens, **options):
+        for index, token in self.stream(prompts, *args, **options):
             new[index].append(token)
         return new
 
@@ -408,6 +409,7 @@ class GPTOSS:
         for index, prompt in enumerate(prompts):
             self.check_prompt(index, prompt, max_new_tokens)
         needed = [sum(pages_needed(self.config, len(p) + max_new_tokens, page_size).values()) for p in prompts]
+        self.cache = None  # of the generation before: its memory is free for this one
         if num_pages is None:
             num_pages = min(sum(sorted(needed)[-max_batch:]), self.pages_that_fit(page_size))
         for index, pages in enumerate(needed):
@@ -415,12 +417,12 @@ class GPTOSS:
                 raise ValueError(f"prompt {index} needs {pages} pages of {page_size} tokens for "
                                  f"{len(prompts[index])} tokens and {max_new_tokens} new ones, the pool has {num_pages}"
                                  "; raise num_pages or lower max_new_tokens")
-        self.cache = KVCache(self.config, num_pages, page_size, self.device, self.dtype)
+        cache = self.cache = KVCache(self.config, num_pages, page_size, self.device, self.dtype)
         waiting = collections.deque()
         for index in range(len(prompts) if max_new_tokens else 0):
             draws = random.Random(None if seed is None else f"{seed}/{index}")
             waiting.append(Sequence(index, list(prompts[index]), max_new_tokens, needed[index], draws))
-        return self.run(waiting, max_batch, set(stop_tokens or ()), (temperature, top_k, top_p))
+        return self.run(cache, waiting, max_batch, set(stop_tokens or ()), (temperature, top_k, top_p))
 
     def check_prompt(self, index: int, prompt: list[int], max_new_tokens: int) -> None:
         """Raises ValueError for a prompt that cannot run."""
@@ -440,29 +442,29 @@ class GPTOSS:
         return int(0.9 * torch.cuda.mem_get_info(self.device)[0]) // (one.numel() * one.itemsize)
 
     @torch.inference_mode()
-    def run(self, waiting: collections.deque, max_batch: int, stop: set[int], sampling: tuple) -> Iterator:
+    def run(self, cache: KVCache, waiting: collections.deque, max_batch: int, stop: set[int], sampling) -> Iterator:
         """Continuous batching: prompts are prefilled as soon as they fit, all running ones decode together."""
         running: list[Sequence] = []
         while waiting or running:
-            while waiting and len(running) < max_batch and waiting[0].pages <= len(self.cache.free):
+            while waiting and len(running) < max_batch and waiting[0].pages <= len(cache.free):
                 sequence = waiting.popleft()
-                sequence.tables = self.cache.allocate(len(sequence.tokens) + sequence.remaining)
-                *_, hidden = self.prefill(sequence.tokens, sequence.tables)
+                sequence.tables = cache.allocate(len(sequence.tokens) + sequence.remaining)
+                *_, hidden = self.prefill(cache, sequence.tokens, sequence.tables)
                 running.append(sequence)
-                yield from self.emit([sequence], hidden[-1:], running, stop, sampling)
+                yield from self.emit(cache, [sequence], hidden[-1:], running, stop, sampling)
             slots, room = {}, 0  # tables stay as they are until a sequence leaves or the longest fills its last page
             members = list(running)
-            while running and running == members and not (waiting and waiting[0].pages <= len(self.cache.free)):
+            while running and running == members and not (waiting and waiting[0].pages <= len(cache.free)):
                 length = max(len(sequence.tokens) for sequence in running)
                 if length > room:
-                    slots = self.slot_tensors([sequence.tables for sequence in running], length)
-                    room = -(-length // self.cache.page_size) * self.cache.page_size
+                    slots = cache.slots([sequence.tables for sequence in running], length)
+                    room = -(-length // cache.page_size) * cache.page_size
                 positions = torch.tensor([[len(sequence.tokens) - 1] for sequence in running], device=self.device)
                 tokens = torch.tensor([sequence.tokens[-1] for sequence in running], device=self.device)
-                hidden = self.forward(tokens, self.step(positions, slots))
-                yield from self.emit(members, hidden, running, stop, sampling)
+                hidden = self.forward(tokens, self.step(cache, positions, slots))
+                yield from self.emit(cache, members, hidden, running, stop, sampling)
 
-    def emit(self, sequences, hidden, running, stop, sampling) -> Iterator[tuple[int, int]]:
+    def emit(self, cache, sequences, hidden, running, stop, sampling) -> Iterator[tuple[int, int]]:
         """Samples a token for each sequence from its hidden state [S, H]; those that are done leave `running`."""
         logits = F.linear(hidden, self.unembedding).float()  # [S, V]
         draws = [sequence.random.random() for sequence in sequences]
@@ -471,7 +473,7 @@ class GPTOSS:
             sequence.remaining -= 1
             if token in stop or not sequence.remaining:
                 running.remove(sequence)
-                self.cache.release(sequence.tables)
+                cache.release(sequence.tables)
             if token not in stop:
                 yield sequence.index, token
 

@@ -319,6 +319,14 @@ def test_sampling_follows_the_distribution():
     assert gptoss.sample(logits, draws[:1], 0.0, None, None).tolist() == [1]
 
 
+def test_generations_may_interleave(tmp_path):
+    model = GPTOSS.from_pretrained(make(tmp_path))
+    first, second = model.stream([prompt_of(9)], 20), model.stream([prompt_of(5, seed=1)], 20)
+    pairs = [(a, b) for (_, a), (_, b) in zip(first, second, strict=True)]
+    assert [a for a, _ in pairs] == model.generate([prompt_of(9)], 20)[0]
+    assert [b for _, b in pairs] == model.generate([prompt_of(5, seed=1)], 20, 0.0)[0]
+
+
 def test_same_seed_same_tokens_in_any_batch(tmp_path):
     model = GPTOSS.from_pretrained(make(tmp_path))
     prompts = [prompt_of(4), prompt_of(6, seed=1), prompt_of(9, seed=2)]
