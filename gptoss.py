@@ -445,8 +445,12 @@ class GPTOSS:
     def run(self, cache: KVCache, waiting: collections.deque, max_batch: int, stop: set[int], sampling) -> Iterator:
         """Continuous batching: prompts are prefilled as soon as they fit, all running ones decode together."""
         running: list[Sequence] = []
+
+        def admissible() -> bool:
+            return bool(waiting) and len(running) < max_batch and waiting[0].pages <= len(cache.free)
+
         while waiting or running:
-            while waiting and len(running) < max_batch and waiting[0].pages <= len(cache.free):
+            while admissible():
                 sequence = waiting.popleft()
                 sequence.tables = cache.allocate(len(sequence.tokens) + sequence.remaining)
                 *_, hidden = self.prefill(cache, sequence.tokens, sequence.tables)
@@ -454,7 +458,7 @@ class GPTOSS:
                 yield from self.emit(cache, [sequence], hidden[-1:], running, stop, sampling)
             slots, room = {}, 0  # tables stay as they are until a sequence leaves or the longest fills its last page
             members = list(running)
-            while running and running == members and not (waiting and waiting[0].pages <= len(cache.free)):
+            while running and running == members and not admissible():
                 length = max(len(sequence.tokens) for sequence in running)
                 if length > room:
                     slots = cache.slots([sequence.tables for sequence in running], length)

@@ -286,8 +286,8 @@ def test_prompts_wait_for_pages_and_free_them(tmp_path):
     prompts = [prompt_of(n, seed=n) for n in (30, 3, 22, 9, 14)]
     alone = [model.generate([p], 12, page_size=4)[0] for p in prompts]
     needed = sum(gptoss.pages_needed(model.config, 42, 4).values())
-    for num_pages in (needed, needed + 3, None):
-        assert model.generate(prompts, 12, page_size=4, num_pages=num_pages) == alone
+    for num_pages, max_batch in ((needed, 64), (needed + 3, 64), (None, 64), (1000, 2), (None, 2)):
+        assert model.generate(prompts, 12, page_size=4, num_pages=num_pages, max_batch=max_batch) == alone
         assert sorted(model.cache.free) == list(range(1, model.cache.num_pages + 1))
         assert model.cache.peak <= model.cache.num_pages
     model.forward = None  # nothing may run
