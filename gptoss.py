@@ -34,6 +34,7 @@ PAGE_SIZE = 16  # tokens of a KV page
 MAX_BATCH = 64  # sequences that decode together
 PREFILL_TOKENS = 1024  # tokens of a prompt that run together
 PREFILL_SCORES = 1 << 26  # heads x queries x keys: fewer tokens run together where a layer's scores would be more
+DENSE_ROWS, DENSE_BYTES = 64, 1 << 24  # (token, slot) pairs that meet all experts, if a layer's first GEMM is so small
 EXPAND_BELOW = 1 << 30  # bytes: the experts of a model this small are dequantised once, at load
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
 SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) approximates the normal distribution's CDF (the GELU paper, section 2)
@@ -96,21 +97,44 @@ def moe_reference(x, router_weight, router_bias, experts: Experts, top_k: int, a
     # router: the top_k largest logits of each token, the smaller expert id first where they tie
     logits = F.linear(x.float(), router_weight.float(), router_bias.float())  # [T, E]
     logits, chosen = logits.sort(dim=-1, descending=True, stable=True)
-    gate_weight = logits[:, :top_k].softmax(-1)  # [T, k]
-    expert, order = chosen[:, :top_k].flatten().sort(stable=True)  # rows: the (token, slot) pairs, by expert
+    gate_weight, chosen = logits[:, :top_k].softmax(-1), chosen[:, :top_k]  # [T, k]
+    x_in = as_seen(x, activations, experts.gate_up_input_scale)
+    if experts.gate_up_weight.dtype == x_in.dtype and dense_is_cheaper(len(x), top_k, experts.gate_up_weight):
+        return moe_dense(x, x_in, gate_weight, chosen, experts, activations, swiglu_limit)
+    expert, order = chosen.flatten().sort(stable=True)  # rows: the (token, slot) pairs, by expert
     runs = list(collections.Counter(expert.tolist()).items())  # (expert, how many rows), as they lie
 
     # dispatch: gather the rows, first GEMM, SwiGLU
-    x_in = F.embedding(order // top_k, as_seen(x, activations, experts.gate_up_input_scale))  # [T*k, H]
+    x_in = F.embedding(order // top_k, x_in)  # [T*k, H]
     h = expert_linear(x_in, runs, experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias)
-    gate, up = h[:, 0::2].float().clamp(max=swiglu_limit), h[:, 1::2].float().clamp(-swiglu_limit, swiglu_limit)
-    h = gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)  # [T*k, I]
+    h = swiglu(h, swiglu_limit).to(x.dtype if activations == "bf16" else torch.float32)  # [T*k, 2I] -> [T*k, I]
 
     # combine: second GEMM, back to the order of the tokens, weighted sum over the k slots
-    h = as_seen(h.to(x.dtype) if activations == "bf16" else h, activations, experts.down_input_scale)
+    h = as_seen(h, activations, experts.down_input_scale)
     y = expert_linear(h, runs, experts.down_weight, experts.down_scale, experts.down_bias).float()
     y = torch.empty_like(y).index_copy_(0, order, y).view(*gate_weight.shape, -1)  # [T*k, H] -> [T, k, H]
     return (y * gate_weight[..., None]).sum(1).to(x.dtype)
+
+
+def moe_dense(x, x_in, gate_weight, chosen, experts: Experts, activations: str, swiglu_limit: float) -> torch.Tensor:
+    """The same for few tokens of a small model, whose experts are in cache and mostly chosen anyway: all experts
+    compute all tokens, two batched GEMMs, and the gate weight of an expert that was not chosen is 0."""
+    gate = torch.zeros(len(x), len(experts.down_bias), device=x.device).scatter_(1, chosen, gate_weight)  # [T, E]
+    h = torch.baddbmm(experts.gate_up_bias[:, None], x_in.expand(gate.shape[1], *x.shape), experts.gate_up_weight.mT)
+    h = swiglu(h, swiglu_limit).to(x.dtype if activations == "bf16" else torch.float32)  # [E, T, 2I] -> [E, T, I]
+    h = as_seen(h, activations, experts.down_input_scale)
+    y = torch.baddbmm(experts.down_bias[:, None], h, experts.down_weight.mT).float()  # [E, T, H]
+    return (y * gate.T[..., None]).sum(0).to(x.dtype)
+
+
+def dense_is_cheaper(tokens: int, top_k: int, weight: torch.Tensor) -> bool:
+    return len(weight) <= tokens * top_k <= DENSE_ROWS and weight.numel() * weight.itemsize <= DENSE_BYTES
+
+
+def swiglu(h: torch.Tensor, limit: float) -> torch.Tensor:
+    """[..., 2I] gate and up interleaved -> float32 [..., I]: gate sigmoid(1.702 gate) (up + 1), clamped before."""
+    gate, up = h[..., 0::2].float().clamp(max=limit), h[..., 1::2].float().clamp(-limit, limit)
+    return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
 
 
 def as_seen(x: torch.Tensor, activations: str, static_scale: float | None) -> torch.Tensor:
@@ -131,15 +155,14 @@ def expert_linear(x, runs, weight, scale, bias) -> torch.Tensor:
 
 
 def expand_experts(experts: Experts, dtype: torch.dtype) -> Experts:
-    """The same experts with weights and biases in dtype, as tuples of one tensor an expert, cheap to index; in memory
-    [in, out], as a CPU's GEMM of few rows likes it."""
+    """The same experts with weights and biases in dtype; in memory [E, in, out], as a CPU's GEMM of few rows likes."""
     def expand(weight, scale):
         full = weight.to(dtype) if scale is None else dequantise_mxfp4(weight, scale, dtype)
-        return full.mT.contiguous().mT.unbind()
+        return full.mT.contiguous().mT
 
     return replace(experts, gate_up_weight=expand(experts.gate_up_weight, experts.gate_up_scale), gate_up_scale=None,
                    down_weight=expand(experts.down_weight, experts.down_scale), down_scale=None,
-                   gate_up_bias=experts.gate_up_bias.to(dtype).unbind(), down_bias=experts.down_bias.to(dtype).unbind())
+                   gate_up_bias=experts.gate_up_bias.to(dtype), down_bias=experts.down_bias.to(dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -211,7 +234,7 @@ class Step:
 class Layer:
     kind: str  # "sliding_attention" | "full_attention"
     depth: int  # index among the layers of its kind
-    attn_norm: torch.Tensor  # [H] float32, as is mlp_norm
+    attn_norm: torch.Tensor  # [H] float32, times sqrt(H), as is mlp_norm
     qkv_weight: torch.Tensor  # [(N + 2G) D, H]
     qkv_bias: torch.Tensor
     sinks: torch.Tensor  # [N]
@@ -269,7 +292,7 @@ class GPTOSS:
         self.activations = ("fp8" if self.layout == "quark" else "bf16") if activations == "auto" else activations
         self.load(checkpoint)
         self.frequencies, self.cos_scale, self.sin_scale = (t.to(self.device) for t in rope_tables(self.config))
-        self.root_eps = torch.tensor(self.config.rms_norm_eps, device=self.device).sqrt()
+        self.root_eps = torch.tensor(self.config.hidden_size * self.config.rms_norm_eps, device=self.device).sqrt()
         self.cache: KVCache | None = None  # of the latest generation
 
     @classmethod
@@ -284,11 +307,12 @@ class GPTOSS:
         expanded = 3 * c.num_hidden_layers * c.num_local_experts * c.hidden_size * c.intermediate_size
         expand = expanded * self.dtype.itemsize <= EXPAND_BELOW
         self.embedding, self.unembedding = (dense[n].to(self.device, self.dtype) for n in ("embedding", "unembedding"))
-        self.norm = dense["norm"].to(self.device, torch.float32)
+        self.norm = dense["norm"].to(self.device, torch.float32) * c.hidden_size**0.5
         self.layers = []
         for n in weights.progress(range(c.num_hidden_layers), f"to {self.device}"):
             named = {f.name: dense[f"{n}.{f.name}"] for f in fields(Layer)[2:-1]}
-            named = {k: t.to(self.device, torch.float32 if "norm" in k else self.dtype) for k, t in named.items()}
+            named = {k: t.to(self.device, torch.float32) * c.hidden_size**0.5 if "norm" in k else
+                     t.to(self.device, self.dtype) for k, t in named.items()}
             named = {k: t.mT.contiguous().mT if t.dim() == 2 and expand else t for k, t in named.items()}
             experts = replace(checkpoint.experts[n], **{
                 f.name: t.to(self.device) for f in fields(Experts)
@@ -309,10 +333,11 @@ class GPTOSS:
         return self.rms_norm(x, self.norm)
 
     def rms_norm(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """In float32. sqrt(mean(x^2) + eps) is the hypotenuse of |x| / sqrt(H) and sqrt(eps): few, cheap operations."""
+        """In float32. sqrt(H) sqrt(mean(x^2) + eps) is the hypotenuse of |x| and sqrt(H eps): few, cheap operations.
+        `scale` [H] has its factor sqrt(H) already."""
         y = x.float()
-        rms = torch.hypot(torch.linalg.vector_norm(y, dim=-1, keepdim=True) * x.shape[-1]**-0.5, self.root_eps)
-        return (y / rms * scale).to(x.dtype)
+        length = torch.hypot(torch.linalg.vector_norm(y, dim=-1, keepdim=True), self.root_eps)
+        return (y / length * scale).to(x.dtype)
 
     def moe(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
         return moe_reference(x, layer.router_weight, layer.router_bias, layer.experts, self.config.num_experts_per_tok,

@@ -377,7 +377,7 @@ def find_files(path: Path) -> dict[str, Path]:
     for shard in shards:
         if not shard.exists():
             raise CheckpointError(f"{shard}: no such file, but {index.name} names this shard; download it")
-        for name in open_file(shard).keys():  # noqa: SIM118
+        for name in open_file(shard).keys():
             if name in files:
                 raise CheckpointError(f"{shard}: tensor {name} is in {files[name].name} too")
             files[name] = shard
