@@ -13,7 +13,9 @@ https://github.com/openai/harmony. Shape letters:
 import argparse
 import codecs
 import collections
+import contextlib
 import datetime
+import importlib.util
 import math
 import os
 import random
@@ -47,13 +49,13 @@ E8M0 = torch.ldexp(torch.ones(256), torch.arange(256) - 127)  # value of each sc
 E8M0[255] = math.nan
 
 
-def dequantise_mxfp4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """mxfp4 to numbers. packed: uint8 [..., K/2], low nibble first; scale: uint8 E8M0 [..., K/32] -> dtype [..., K].
-    Exact in bf16 and float32."""
+def dequantise_mxfp4(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """mxfp4 to float32, exactly. packed: uint8 [..., K/2], low nibble first; scale: uint8 E8M0 [..., K/32] ->
+    [..., K]."""
     codes = torch.arange(256, device=packed.device)
-    pairs = E2M1.to(packed.device, dtype)[torch.stack([codes & 15, codes >> 4], dim=1)]  # [256, 2]
+    pairs = E2M1.to(packed.device)[torch.stack([codes & 15, codes >> 4], dim=1)]  # [256, 2]
     values = F.embedding(packed.int(), pairs).view(*scale.shape, MX_GROUP)  # [..., K/2, 2] -> [..., K/32, 32]
-    return (values * F.embedding(scale.int(), E8M0.to(packed.device, dtype)[:, None])).flatten(-2)
+    return (values * F.embedding(scale.int(), E8M0.to(packed.device)[:, None])).flatten(-2)
 
 
 def quantise_mx(x: torch.Tensor, activations: str) -> torch.Tensor:
@@ -86,9 +88,9 @@ def moe_reference(x, router_weight, router_bias, experts: Experts, top_k: int, a
                   swiglu_limit: float = 7.0) -> torch.Tensor:
     """The MoE layer as equations: the path of every device without its own kernels, and the kernels' oracle.
 
-    x [T, H]; router_weight [E, H], router_bias [E] -> [T, H] in x's dtype. `activations` is what the expert GEMMs
-    see: "bf16" leaves x as it is and computes in its dtype; "fp8" (static scales, from `experts`), "mxfp8" and
-    "mxfp4" round it and compute in float32. Raises ValueError for any other, and for fp8 without scales."""
+    x [T, H]; router_weight [E, H], router_bias [E] -> [T, H] in x's dtype; float32 in between. `activations` is what
+    the two expert GEMMs see: "bf16" x and the SwiGLU's result in x's dtype, the others these rounded: "fp8" (with the
+    static scales in `experts`), "mxfp8", "mxfp4". Raises ValueError for any other, and for fp8 without scales."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations={activations!r}, expected one of {', '.join(ACTIVATIONS)}")
     if activations == "fp8" and experts.gate_up_input_scale is None:
@@ -99,7 +101,7 @@ def moe_reference(x, router_weight, router_bias, experts: Experts, top_k: int, a
     logits, chosen = logits.sort(dim=-1, descending=True, stable=True)
     gate_weight, chosen = logits[:, :top_k].softmax(-1), chosen[:, :top_k]  # [T, k]
     x_in = as_seen(x, activations, experts.gate_up_input_scale)
-    if experts.gate_up_weight.dtype == x_in.dtype and dense_is_cheaper(len(x), top_k, experts.gate_up_weight):
+    if experts.gate_up_weight.dtype == torch.float32 and dense_is_cheaper(len(x), top_k, experts.gate_up_weight):
         return moe_dense(x, x_in, gate_weight, chosen, experts, activations, swiglu_limit)
     expert, order = chosen.flatten().sort(stable=True)  # rows: the (token, slot) pairs, by expert
     runs = list(collections.Counter(expert.tolist()).items())  # (expert, how many rows), as they lie
@@ -107,11 +109,11 @@ def moe_reference(x, router_weight, router_bias, experts: Experts, top_k: int, a
     # dispatch: gather the rows, first GEMM, SwiGLU
     x_in = F.embedding(order // top_k, x_in)  # [T*k, H]
     h = expert_linear(x_in, runs, experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias)
-    h = swiglu(h, swiglu_limit).to(x.dtype if activations == "bf16" else torch.float32)  # [T*k, 2I] -> [T*k, I]
+    h = swiglu(h, swiglu_limit)  # [T*k, 2I] -> [T*k, I]
 
     # combine: second GEMM, back to the order of the tokens, weighted sum over the k slots
-    h = as_seen(h, activations, experts.down_input_scale)
-    y = expert_linear(h, runs, experts.down_weight, experts.down_scale, experts.down_bias).float()
+    h = as_seen(h.to(x.dtype) if activations == "bf16" else h, activations, experts.down_input_scale)
+    y = expert_linear(h, runs, experts.down_weight, experts.down_scale, experts.down_bias)
     y = torch.empty_like(y).index_copy_(0, order, y).view(*gate_weight.shape, -1)  # [T*k, H] -> [T, k, H]
     return (y * gate_weight[..., None]).sum(1).to(x.dtype)
 
@@ -121,9 +123,9 @@ def moe_dense(x, x_in, gate_weight, chosen, experts: Experts, activations: str, 
     compute all tokens, two batched GEMMs, and the gate weight of an expert that was not chosen is 0."""
     gate = torch.zeros(len(x), len(experts.down_bias), device=x.device).scatter_(1, chosen, gate_weight)  # [T, E]
     h = torch.baddbmm(experts.gate_up_bias[:, None], x_in.expand(gate.shape[1], *x.shape), experts.gate_up_weight.mT)
-    h = swiglu(h, swiglu_limit).to(x.dtype if activations == "bf16" else torch.float32)  # [E, T, 2I] -> [E, T, I]
-    h = as_seen(h, activations, experts.down_input_scale)
-    y = torch.baddbmm(experts.down_bias[:, None], h, experts.down_weight.mT).float()  # [E, T, H]
+    h = swiglu(h, swiglu_limit)  # [E, T, 2I] -> [E, T, I]
+    h = as_seen(h.to(x.dtype) if activations == "bf16" else h, activations, experts.down_input_scale)
+    y = torch.baddbmm(experts.down_bias[:, None], h, experts.down_weight.mT)  # [E, T, H]
     return (y * gate.T[..., None]).sum(0).to(x.dtype)
 
 
@@ -132,37 +134,37 @@ def dense_is_cheaper(tokens: int, top_k: int, weight: torch.Tensor) -> bool:
 
 
 def swiglu(h: torch.Tensor, limit: float) -> torch.Tensor:
-    """[..., 2I] gate and up interleaved -> float32 [..., I]: gate sigmoid(1.702 gate) (up + 1), clamped before."""
-    gate, up = h[..., 0::2].float().clamp(max=limit), h[..., 1::2].float().clamp(-limit, limit)
+    """[..., 2I], gate and up interleaved -> [..., I]: gate sigmoid(1.702 gate) (up + 1), both clamped before."""
+    gate, up = h[..., 0::2].clamp(max=limit), h[..., 1::2].clamp(-limit, limit)
     return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
 
 
 def as_seen(x: torch.Tensor, activations: str, static_scale: float | None) -> torch.Tensor:
-    """x as an expert GEMM sees it: itself, or rounded to a format and held in float32."""
+    """x as an expert GEMM sees it, in float32: itself, or rounded to a format."""
     if activations == "bf16":
-        return x
+        return x.float()
     return quantise_fp8(x.float(), static_scale) if activations == "fp8" else quantise_mx(x.float(), activations)
 
 
 def expert_linear(x, runs, weight, scale, bias) -> torch.Tensor:
     """x @ weight[e].T + bias[e], for the rows of x [R, in] that belong to expert e: runs [(e, rows)], consecutive. An
-    expert in another format is converted where rows use it and forgotten after. -> [R, out]."""
+    expert is converted to float32 where rows use it and forgotten after. -> float32 [R, out]."""
     outputs = []
     for (e, _), rows in zip(runs, x.split([n for _, n in runs]), strict=True):
-        w = weight[e].to(x.dtype) if scale is None else dequantise_mxfp4(weight[e], scale[e], x.dtype)
-        outputs.append(F.linear(rows, w, bias[e].to(x.dtype)))
+        w = weight[e].float() if scale is None else dequantise_mxfp4(weight[e], scale[e])
+        outputs.append(F.linear(rows, w, bias[e].float()))
     return torch.cat(outputs)
 
 
-def expand_experts(experts: Experts, dtype: torch.dtype) -> Experts:
-    """The same experts with weights and biases in dtype; in memory [E, in, out], as a CPU's GEMM of few rows likes."""
+def expand_experts(experts: Experts) -> Experts:
+    """The same experts in float32; in memory [E, in, out], as a CPU's GEMM of few rows likes."""
     def expand(weight, scale):
-        full = weight.to(dtype) if scale is None else dequantise_mxfp4(weight, scale, dtype)
+        full = weight.float() if scale is None else dequantise_mxfp4(weight, scale)
         return full.mT.contiguous().mT
 
     return replace(experts, gate_up_weight=expand(experts.gate_up_weight, experts.gate_up_scale), gate_up_scale=None,
                    down_weight=expand(experts.down_weight, experts.down_scale), down_scale=None,
-                   gate_up_bias=experts.gate_up_bias.to(dtype), down_bias=experts.down_bias.to(dtype))
+                   gate_up_bias=experts.gate_up_bias.float(), down_bias=experts.down_bias.float())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -269,6 +271,19 @@ def rotate(x: torch.Tensor, step: Step) -> torch.Tensor:
     return torch.addcmul(x * step.cos, x.roll(x.shape[-1] // 2, -1), step.sin)
 
 
+def gluon_for(device: torch.device):
+    """The module moe_gluon, if Triton is installed and its active driver is a gfx950, real or emulated, to which
+    `device` belongs; else None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    import moe_gluon
+    if moe_gluon.is_supported() and triton.runtime.driver.active.get_active_torch_device().type == device.type:
+        return moe_gluon
+    return None
+
+
 class GPTOSS:
     """A GPT-OSS model with its weights, and the engine that generates with it."""
 
@@ -279,17 +294,24 @@ class GPTOSS:
             self.device = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         if moe not in ("auto", "torch", "gluon"):
             raise ValueError(f"moe={moe!r}, expected auto, torch or gluon")
-        if moe == "gluon":
-            raise ValueError("moe='gluon': this version has no gfx950 kernels; use moe='torch'")
+        self.gluon = None if moe == "torch" else gluon_for(self.device)  # moe_gluon where it can run
+        if moe == "gluon" and not self.gluon:
+            raise ValueError(f"moe='gluon' needs Triton with an active gfx950 (MI350, MI355 or emulated) that owns "
+                             f"device {self.device}; use moe='torch'")
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" and not self.gluon else torch.bfloat16)
+        if self.gluon and self.dtype != torch.bfloat16:
+            raise ValueError(f"moe='gluon' computes in bfloat16, not in {self.dtype}")
         if activations not in ("auto", *ACTIVATIONS):
             raise ValueError(f"activations={activations!r}, expected auto or one of {', '.join(ACTIVATIONS)}")
         if activations == "fp8" and self.layout != "quark":
             raise ValueError(f"activations='fp8' needs the static input scales of a Quark checkpoint, this one is "
                              f"{self.layout}; use mxfp8")
-        self.activations = ("fp8" if self.layout == "quark" else "bf16") if activations == "auto" else activations
+        if activations == "auto":  # the kernels multiply mxfp4 weights with 8-bit activations at least
+            packed = "mxfp8" if self.gluon else "bf16"
+            activations = {"quark": "fp8", "hf-bf16": "bf16"}.get(self.layout, packed)
+        self.activations = activations
         self.load(checkpoint)
         self.frequencies, self.cos_scale, self.sin_scale = (t.to(self.device) for t in rope_tables(self.config))
         self.root_eps = torch.tensor(self.config.hidden_size * self.config.rms_norm_eps, device=self.device).sqrt()
@@ -302,10 +324,11 @@ class GPTOSS:
         return cls(weights.load(path), device, dtype, moe, activations)
 
     def load(self, checkpoint: weights.Checkpoint) -> None:
-        """Moves the weights to the device, a layer at a time; experts stay packed unless all of them are small."""
+        """Moves the weights to the device, a layer at a time. Experts are packed anew for the kernels; for the torch
+        path they stay as they are, unless all of them are small."""
         c, dense = self.config, checkpoint.dense
         expanded = 3 * c.num_hidden_layers * c.num_local_experts * c.hidden_size * c.intermediate_size
-        expand = expanded * self.dtype.itemsize <= EXPAND_BELOW
+        expand = 4 * expanded <= EXPAND_BELOW
         self.embedding, self.unembedding = (dense[n].to(self.device, self.dtype) for n in ("embedding", "unembedding"))
         self.norm = dense["norm"].to(self.device, torch.float32) * c.hidden_size**0.5
         self.layers = []
@@ -317,8 +340,10 @@ class GPTOSS:
             experts = replace(checkpoint.experts[n], **{
                 f.name: t.to(self.device) for f in fields(Experts)
                 if isinstance(t := getattr(checkpoint.experts[n], f.name), torch.Tensor)})
-            if expand:
-                experts = expand_experts(experts, self.dtype)
+            if self.gluon:
+                experts = self.gluon.prepare(experts, self.activations)
+            elif expand:
+                experts = expand_experts(experts)
             kind = c.layer_types[n]
             self.layers.append(Layer(kind, c.layer_types[:n].count(kind), **named, experts=experts))
 
@@ -340,8 +365,9 @@ class GPTOSS:
         return (y / length * scale).to(x.dtype)
 
     def moe(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-        return moe_reference(x, layer.router_weight, layer.router_bias, layer.experts, self.config.num_experts_per_tok,
-                             self.activations, self.config.swiglu_limit)
+        moe = self.gluon.moe if self.gluon else moe_reference
+        return moe(x, layer.router_weight, layer.router_bias, layer.experts, self.config.num_experts_per_tok,
+                   self.activations, self.config.swiglu_limit)
 
     def attention(self, x: torch.Tensor, layer: Layer, step: Step) -> torch.Tensor:
         """Grouped-query attention with sinks, over the cached tokens and the step's own. x [T, H] -> [T, H].
@@ -611,6 +637,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 elsewhere")
     add("--moe", default="auto", choices=("auto", "torch", "gluon"))
+    add("--emulate", action="store_true", help="run the MoE layers' gfx950 kernels, emulated on the CPU: slow, exact")
     add("--activations", default="auto", choices=("auto", *ACTIVATIONS), help="what the expert GEMMs see")
     add("--page-size", type=int, default=PAGE_SIZE, metavar="TOKENS")
     add("--num-pages", type=int, metavar="N", help="KV pages in the pool (default: as many as needed)")
@@ -672,6 +699,21 @@ def converse(model: GPTOSS, tokenizer: tiktoken.Encoding, args) -> None:
             turns.append(("assistant", answer(model, tokenizer, [tokens], args, chat=True)[0]))
 
 
+@contextlib.contextmanager
+def emulated_gpu():
+    """Makes an emulated gfx950 Triton's active device; says on stderr what ran on it."""
+    import gfx950
+    with gfx950.emulate() as gpu:
+        try:
+            yield
+        finally:
+            counts = collections.Counter(launch.name for launch in gpu.launches)
+            executed = sum(launch.counters.wave_instructions for launch in gpu.launches if launch.counters)
+            seconds = sum(launch.seconds for launch in gpu.launches)
+            print(f"emulated gfx950: {executed:,} wave-instructions in {seconds:.0f} s; launches: " +
+                  ", ".join(f"{n} {name}" for name, n in counts.items()), file=sys.stderr)
+
+
 def main() -> int:
     parser = arguments()
     args = parser.parse_args()
@@ -686,13 +728,15 @@ def main() -> int:
         today = str(datetime.date.today())
         if empty := [index for index, text in enumerate(texts) if not text.strip()]:
             raise ValueError(f"prompt {empty[0]} is empty")
-        model = GPTOSS.from_pretrained(args.checkpoint, args.device, getattr(torch, args.dtype or "", None), args.moe,
-                                       args.activations)
-        if args.chat:
-            converse(model, tokenizer, args)
-        else:
-            answer(model, tokenizer, [chat_tokens(tokenizer, [("user", text)], today, args.effort) if chat
-                                      else tokenizer.encode_ordinary(text) for text in texts], args, chat)
+        with emulated_gpu() if args.emulate else contextlib.nullcontext():
+            device, moe = ("cpu", "gluon") if args.emulate else (args.device, args.moe)
+            dtype = getattr(torch, args.dtype or "", None)
+            model = GPTOSS.from_pretrained(args.checkpoint, device, dtype, moe, args.activations)
+            if args.chat:
+                converse(model, tokenizer, args)
+            else:
+                answer(model, tokenizer, [chat_tokens(tokenizer, [("user", text)], today, args.effort) if chat
+                                          else tokenizer.encode_ordinary(text) for text in texts], args, chat)
     except (CheckpointError, ValueError) as error:
         print(f"gptoss: {error}", file=sys.stderr)
         return 1

@@ -111,7 +111,7 @@ def to_bf16(config: dict, tensors: dict) -> tuple[dict, dict]:
     for name, tensor in tensors.items():
         if name.endswith("_blocks"):
             scale = tensors[name.replace("_blocks", "_scales")]
-            full = gptoss.dequantise_mxfp4(tensor.flatten(-2), scale, torch.bfloat16)
+            full = gptoss.dequantise_mxfp4(tensor.flatten(-2), scale).bfloat16()
             renamed[name.removesuffix("_blocks")] = full.transpose(1, 2).contiguous()  # [E, in, out]
         elif not name.endswith("_scales"):
             renamed[name] = tensor
@@ -354,7 +354,7 @@ def test_bad_requests_are_named(tmp_path, prompts, options, message):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(moe="fast"), "moe='fast'"), (dict(moe="gluon"), "moe='gluon'"),
+    (dict(moe="fast"), "moe='fast'"), (dict(moe="gluon"), "moe='gluon' needs Triton with an active gfx950"),
     (dict(activations="int8"), "activations='int8'"),
     (dict(activations="fp8"), "needs the static input scales of a Quark checkpoint"),
 ])
@@ -369,21 +369,21 @@ def test_bad_model_arguments_are_named(tmp_path, options, message):
 E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unpack_mxfp4_all_bytes_and_scales(dtype):
+def test_unpack_mxfp4_all_bytes_and_scales():
     packed = torch.arange(256, dtype=torch.uint8).view(16, 16)  # 16 groups of 32
     for scale in range(256):
-        found = gptoss.dequantise_mxfp4(packed, torch.full((16, 1), scale, dtype=torch.uint8), dtype).flatten()
+        found = gptoss.dequantise_mxfp4(packed, torch.full((16, 1), scale, dtype=torch.uint8)).flatten()
         for byte in range(256):
             for nibble, value in zip((byte & 15, byte >> 4), found[2 * byte:2 * byte + 2].tolist(), strict=True):
                 sign = -1.0 if nibble & 8 else 1.0
                 exact = sign * math.ldexp(E2M1_VALUES[nibble & 7], scale - 127)
                 if scale == 255:
                     assert math.isnan(value)  # the E8M0 code for NaN
-                elif exact > torch.finfo(dtype).max or -exact > torch.finfo(dtype).max:
+                elif abs(exact) > torch.finfo(torch.float32).max:
                     assert value == math.copysign(math.inf, sign)
                 else:
                     assert value == exact and math.copysign(1, value) == sign
+                    assert not value or torch.tensor(value).bfloat16() == value  # exact in bf16 too
 
 
 def nearest(values: list[float], x: float) -> set[float]:
@@ -443,7 +443,7 @@ def test_moe_reference_is_the_equations(activations):
         return {"bf16": lambda: v, "fp8": lambda: gptoss.quantise_fp8(v, scale)}.get(
             activations, lambda: gptoss.quantise_mx(v, activations))().double()
 
-    full = gptoss.expand_experts(experts, torch.float32)
+    full = gptoss.expand_experts(experts)
     expected = torch.zeros_like(x, dtype=torch.double)
     for t, token in enumerate(x):
         logits = router_weight.double() @ token.double() + router_bias.double()
@@ -709,6 +709,48 @@ def test_command_line_errors(args, code, message):
 def test_chat_keeps_the_conversation():
     run = cli("--chat", stdin="What is 17 + 25?\n\nWhat is the capital of France?\n")
     assert run.returncode == 0 and "42" in run.stdout and "Paris" in run.stdout and "> " not in run.stdout
+
+
+EMULATED = [*QUESTIONS, "Reverse the word lamp.", "What is the capital of Peru?"]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_emulated_kernels_give_the_torch_paths_answers(tiny, count):
+    import gfx950
+    tokenizer = tiny[1]
+    prompts = [gptoss.chat_tokens(tokenizer, [("user", q)], "2026-01-31", "low") for q in EMULATED[:count]]
+    stop = [tokenizer.encode_single_token("<|return|>")]
+    torch_path = GPTOSS.from_pretrained(TINY, dtype=torch.bfloat16, moe="torch", activations="mxfp8")
+    assert torch_path.gluon is None
+    with gfx950.emulate() as gpu:
+        model = GPTOSS.from_pretrained(TINY)  # auto: the kernels, where a gfx950 is active
+        assert (model.dtype, model.activations) == (torch.bfloat16, "mxfp8")
+        answers = model.generate(prompts, 80, stop_tokens=stop)
+    assert answers == torch_path.generate(prompts, 80, stop_tokens=stop)
+    layers = model.config.num_hidden_layers
+    launched = [launch.name for launch in gpu.launches]
+    decode = launched[launched.index("combine_kernel") - 2:]  # three launches a layer
+    assert len(decode) % (3 * layers) == 0 and len(set(decode)) == 3
+
+
+def test_only_a_gfx950_gets_the_kernels(tiny, monkeypatch):
+    import gfx950
+    import moe_gluon
+    with gfx950.emulate():
+        assert GPTOSS.from_pretrained(TINY, moe="torch").gluon is None
+        with pytest.raises(ValueError, match="computes in bfloat16"):
+            GPTOSS.from_pretrained(TINY, dtype=torch.float32)
+        monkeypatch.setattr(moe_gluon, "is_supported", lambda: False)  # another AMD device
+        assert GPTOSS.from_pretrained(TINY).gluon is None
+        with pytest.raises(ValueError, match="needs Triton with an active gfx950"):
+            GPTOSS.from_pretrained(TINY, moe="gluon")
+    monkeypatch.setattr(gptoss.importlib.util, "find_spec", lambda name: None)  # no Triton on this machine
+    assert GPTOSS.from_pretrained(TINY).gluon is None
+
+
+def test_command_line_emulates():
+    run = cli("--emulate", "--raw", "--prompt", "What", "--max-new-tokens", "2")
+    assert run.returncode == 0 and "emulated gfx950: " in run.stderr and "dispatch_kernel" in run.stderr
 
 
 def test_readme_commands():

@@ -1,0 +1,931 @@
+"""The mixture-of-experts layer of GPT-OSS in Gluon, for AMD gfx950 (CDNA4): routing and the decode kernels.
+
+    packed = prepare(experts, "mxfp8")                               # once, at load
+    y = moe(x, router_weight, router_bias, packed, top_k, "mxfp8")   # [T, H] -> [T, H]
+
+A layer of at most 16 tokens is three launches:
+
+    route       router GEMM, top-k, softmax, list of the active experts; other workgroups quantise x meanwhile
+    dispatch    gather rows, first GEMM, bias, SwiGLU, quantise        a workgroup: one expert, 64 columns, all of K
+    combine     second GEMM, bias, gate weight, sum over the slots     a workgroup: every active expert, 8 columns
+
+Decode is bound by the bytes of the active experts' weights, so everything serves one purpose: ask for each byte once,
+early, and for nothing else. Weights go from memory straight into the registers of the matrix instruction's operand: no
+LDS, no barrier and no copy engine in between. The waves of a workgroup split K; a wave asks for most or all of its
+share before it multiplies any of it; partial sums meet in LDS at the end, in a fixed order. So results are the same in
+every run, and a token's do not depend on the batch it is in, while that stays at 16 tokens or below (decode) or above.
+
+Number formats are OCP MX v1.0 (https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf),
+operand layouts the CDNA4 ISA's (https://www.amd.com/en/developer/resources/technical-articles.html). Letters:
+
+    T tokens   H hidden size   I intermediate size   E experts   K, N inner and outer size of a GEMM's weight
+    slot       the i-th of a token's top_k experts; SLOTS is top_k rounded up to a power of two
+    row        a (token, slot) pair, numbered token * SLOTS + slot
+    place      position of a row when they are sorted by expert: the order of the intermediate h
+    tile       up to BM consecutive places of one expert: (expert, first place, number of places)
+"""
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+
+cdna4 = gl.amd.cdna4
+
+XCDS = gl.constexpr(8)  # chiplets of 32 compute units, each with its own L2, which take workgroups in turn
+MFMA = gl.constexpr(16)  # rows and columns of the matrix instructions used here
+STEP = gl.constexpr(128)  # K a wave takes in a step: one v_mfma_scale_f32_16x16x128 or four v_mfma_f32_16x16x32_bf16
+GROUP = gl.constexpr(32)  # values of K that share an E8M0 scale
+SCALE_COLUMNS = gl.constexpr(64)  # weight columns whose scales lie together: a dword a lane serves four MFMA tiles
+SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+DECODE_TOKENS = 16  # the largest decode batch: one 16-row tile holds whatever an expert gets of it
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the expert GEMMs see of their activations, and the storage of the weights these multiply."""
+    element: str  # "bf16" | "e4m3" | "e5m2" | "e2m1"
+    scale: str  # "none" | "static" (one float32 a tensor) | "mx" (E8M0 per 32)
+    weights: torch.dtype  # uint8: mxfp4
+
+
+FORMATS = {
+    "bf16": Format("bf16", "none", torch.bfloat16),
+    "fp8": Format("e4m3", "static", torch.uint8),
+    "fp8_e5m2": Format("e5m2", "static", torch.uint8),
+    "mxfp8": Format("e4m3", "mx", torch.uint8),
+    "mxfp8_e5m2": Format("e5m2", "mx", torch.uint8),
+    "mxfp4": Format("e2m1", "mx", torch.uint8),
+}
+
+
+def is_supported() -> bool:
+    """True where Triton's active driver compiles for gfx950, exactly: the instructions used exist nowhere else."""
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except RuntimeError:  # Triton has no active driver
+        return False
+    return target.backend == "hip" and target.arch == "gfx950"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Packed weights
+#
+# A block of 16 columns and 32 K of an fp4 weight is 256 bytes, and four of them are the B operand of one
+# v_mfma_scale_f32_16x16x128: lane L holds column L % 16 and K = 32 * (L // 16) .. + 31, 16 bytes, one scale group. So
+# [N, K] is stored as [N/16, K/32, 16, 16 bytes], and a wave reads 1,024 consecutive bytes an instruction:
+#
+#     byte     0 ........ 15  16 ....... 31       240 ...... 255  256 ....... 271
+#     holds    n=0, k=0..31   n=1, k=0..31   ...  n=15, k=0..31   n=0, k=32..63   ...     low nibble first
+#
+# K needs no padding: 2880 is 22.5 steps of 128, and the lanes of the missing half are switched off. bf16 is the same
+# with 32 K a v_mfma_f32_16x16x32_bf16: [N/16, K/32, 4, 16, 8 values], lane L: column L % 16, K = 8 * (L // 16) .. + 7.
+#
+# Scales are [N/64, K/32, 16, 4]: the dword of (K group, n) holds the scales of columns n, n + 16, n + 32 and n + 48,
+# the four tiles of a 64-column workgroup; the instruction picks its byte by op_sel.
+
+@dataclass
+class PackedWeight:
+    """A GEMM's weights of all experts as the kernels read them. Only the scales' columns are padded: to 64, by 127."""
+    data: torch.Tensor  # uint8 [E, N/16, K/32, 16, 16] or bf16 [E, N/16, K/32, 4, 16, 8]
+    scale: torch.Tensor | None  # uint8 [E, ceil(N/64), K/32, 16, 4]
+    bias: torch.Tensor  # float32 [E, N]
+    input_scale: float  # of static fp8 activations; 1 for all others
+    N: int
+    K: int
+
+    def unpack(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in the checkpoint: weight uint8 [E, N, K/2] or bf16 [E, N, K], scale uint8 [E, N, K/32]."""
+        E, N = len(self.data), self.N
+        if self.scale is None:
+            return self.data.permute(0, 1, 4, 2, 3, 5).reshape(E, N, self.K), None
+        scale = self.scale.permute(0, 1, 4, 3, 2).reshape(E, -1, self.K // GROUP.value)
+        return self.data.permute(0, 1, 3, 2, 4).reshape(E, N, self.K // 2), scale[:, :N]
+
+
+@dataclass
+class PackedExperts:
+    """A layer's experts, packed for one format. `arrived` counts workgroups of `route`; zero between launches."""
+    gate_up: PackedWeight
+    down: PackedWeight
+    activations: str
+    arrived: torch.Tensor  # int32 [1]
+
+
+def prepare(experts, activations: str) -> PackedExperts:
+    """Packs a layer's experts (the fields of weights.Experts) for `activations`, a key of FORMATS, on their device.
+    The result is as large as the input, which is left as it was. Raises ValueError for an unknown format, weights
+    it does not multiply, missing static scales, or sizes that are no multiple of 32."""
+    if activations not in FORMATS:
+        raise ValueError(f"activations={activations!r}, expected one of {', '.join(FORMATS)}")
+    f, dtype = FORMATS[activations], experts.gate_up_weight.dtype
+    if dtype != f.weights:
+        fitting = [name for name, other in FORMATS.items() if other.weights == dtype]
+        raise ValueError(f"activations={activations!r} need {f.weights} expert weights, these are {dtype}: "
+                         f"{'use ' + ' or '.join(fitting) if fitting else 'convert them'}")
+    scales = (experts.gate_up_input_scale, experts.down_input_scale) if f.scale == "static" else (1.0, 1.0)
+    if None in scales:
+        raise ValueError(f"activations={activations!r} need the static input scales of a Quark checkpoint; use mxfp8")
+    gate_up = pack(experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias, scales[0])
+    down = pack(experts.down_weight, experts.down_scale, experts.down_bias, scales[1])
+    if gate_up.N != 2 * down.K or gate_up.K != down.N:
+        raise ValueError(f"gate_up is {gate_up.N} x {gate_up.K}, down {down.N} x {down.K}: expected 2I x H and H x I")
+    return PackedExperts(gate_up, down, activations, torch.zeros(1, dtype=torch.int32, device=gate_up.data.device))
+
+
+def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
+    """weight uint8 [E, N, K/2] with scale uint8 [E, N, K/32], or bf16 [E, N, K] with None; bias [E, N]."""
+    E, N = weight.shape[:2]
+    K = weight.shape[2] * (1 if scale is None else 2)
+    if N % GROUP.value or K % GROUP.value:
+        raise ValueError(f"an expert weight of {N} x {K}: both sizes must be multiples of {GROUP.value}")
+    groups = K // GROUP.value
+    lanes = weight.contiguous().view(torch.complex128)  # what a lane reads, 16 bytes, moved as one element
+    if scale is None:
+        data = lanes.view(E, N // 16, 16, groups, 4).permute(0, 1, 3, 4, 2).contiguous()
+        data = data.view(weight.dtype).view(E, N // 16, groups, 4, 16, 8)
+    else:
+        data = lanes.view(E, N // 16, 16, groups).transpose(2, 3).contiguous()
+        data = data.view(weight.dtype).view(E, N // 16, groups, 16, 16)
+        padding = scale.new_full((E, -N % SCALE_COLUMNS.value, groups), 127)
+        scale = torch.cat([scale, padding], 1).view(E, -1, 4, 16, groups).permute(0, 1, 4, 3, 2).contiguous()
+    return PackedWeight(data, scale, bias.float().contiguous(), float(input_scale), N, K)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The compile-time shape of a GEMM, and its layouts. Every operand has a leading axis of waves: wave w holds element w
+# of it, so that waves work on different K while the program reads as one.
+
+@dataclass(frozen=True)
+class Gemm:
+    """A workgroup computes BM rows by BN columns, of which COLUMNS exist, of x [*, K] @ w [N, K].T. In a step of K,
+    wave w takes K = 128 * (step * WAVES + w) .. + 127; AHEAD steps are requested before the first is multiplied (by
+    `combine` in decode: all steps of AHEAD experts)."""
+    K: int
+    N: int
+    BM: int
+    BN: int
+    COLUMNS: int
+    WAVES: int
+    AHEAD: int
+    X: str  # element of the activations
+    MX: bool  # whether they have E8M0 scales
+    W: str  # element of the weights: "bf16" | "e2m1"
+
+    @property
+    def cache_key(self):  # Triton's key of a compiled kernel: without it, blind to the code of the properties below
+        return f"{self} {SOURCE}"
+
+    @property
+    def steps(self):
+        return -(-self.K // (STEP.value * self.WAVES))
+
+    @property
+    def x_values(self):  # a stored element of x holds
+        return 2 if self.X == "e2m1" else 1
+
+    @property
+    def w_values(self):
+        return 2 if self.W == "e2m1" else 1
+
+    @property
+    def w_lane(self):  # elements of w in the 16 bytes that a lane reads at once
+        return 16 if self.W == "e2m1" else 8
+
+    @property
+    def acc(self):
+        """[WAVES, BM, BN]: lane L holds row L % 16, columns 4 * (L // 16) .. + 3 of each 16 x 16 tile."""
+        return gl.amd.AMDMFMALayout(4, [16, 16, 32 if self.W == "bf16" else 128], True, [self.WAVES, 1, 1])
+
+    @property
+    def a(self):
+        """x [WAVES, BM, 128 K]: lane L holds row L % 16 and the 16 bytes L // 16 of every 64."""
+        return gl.DotOperandLayout(0, self.acc, 8 if self.X == "bf16" else 16)
+
+    @property
+    def b(self):
+        """w [WAVES, 128 K, BN]: lane L holds column L % 16 and the 16 bytes L // 16 of every 64."""
+        return gl.DotOperandLayout(1, self.acc, 8 if self.W == "bf16" else 16)
+
+    def scales(self, rows):
+        """Scales [WAVES, rows, 4] of one step: lane L holds row L % 16 of every 16, K group L // 16."""
+        registers = [[0, 16 << i, 0] for i in range((rows // 16).bit_length() - 1)]
+        lanes = [[0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 8, 0], [0, 0, 1], [0, 0, 2]]
+        return gl.DistributedLinearLayout(registers, lanes, self.waves(3), [], [self.WAVES, rows, 4])
+
+    @property
+    def a_scale(self):
+        return self.scales(self.BM)
+
+    @property
+    def b_scale(self):
+        return self.scales(self.BN)
+
+    @property
+    def b_scale_memory(self):
+        """The scales of w as they lie in memory, [WAVES, 4 groups, 16, BN/16]: a lane's tiles are consecutive bytes."""
+        registers = [[0, 0, 0, 1 << i] for i in range((self.BN // 16).bit_length() - 1)]
+        lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0], [0, 0, 8, 0], [0, 1, 0, 0], [0, 2, 0, 0]]
+        return gl.DistributedLinearLayout(registers, lanes, self.waves(4), [], [self.WAVES, 4, 16, self.BN // 16])
+
+    def waves(self, rank):
+        return [[1 << i] + [0] * (rank - 1) for i in range(self.WAVES.bit_length() - 1)]
+
+    @property
+    def partial(self):
+        """acc, read back from LDS for the sum over waves: a lane holds all waves' values of BN/16 columns."""
+        return gl.BlockedLayout([self.WAVES, 1, self.BN // 16], [1, 4, 16], [1, self.WAVES, 1], [2, 1, 0])
+
+    @property
+    def out(self):
+        """[BM, BN], summed: lane L of wave w holds row 4 * w + L // 16, BN/16 columns from BN/16 * (L % 16)."""
+        return gl.SliceLayout(0, self.partial)
+
+    @property
+    def accumulators(self):  # of a lane
+        return self.BM * self.BN // 64
+
+
+@gluon.constexpr_function
+def only(axis, layout, rank):
+    """The 1-D layout along one axis of `layout`."""
+    for other in reversed(range(rank)):
+        layout = layout if other == axis else gl.SliceLayout(other, layout)
+    return layout
+
+
+@gluon.jit
+def iota(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr, rank: gl.constexpr = 3):
+    """0 .. size - 1 along one axis, broadcastable against a tensor of `layout`."""
+    i = gl.arange(0, size, only(axis, layout, rank))
+    for other in gl.static_range(rank):
+        if other != axis:
+            i = gl.expand_dims(i, other)
+    return i
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One step of a GEMM. Only the last step can leave K, and only it is masked for that; a masked lane asks memory for
+# nothing and reads 0.
+
+@gluon.jit
+def load_x(x, scale, row, scale_row, count, step: gl.constexpr, g: gl.constexpr):
+    """Rows row[0 .. count - 1] of x [*, K] and its scales [*, K/32]. row, scale_row: the same int32 [BM], laid out as
+    the rows of g.a and of g.a_scale."""
+    last: gl.constexpr = (step + 1) * STEP * g.WAVES > g.K
+    size: gl.constexpr = STEP // g.x_values
+    k = (step * g.WAVES + iota(0, g.WAVES, g.a)) * size + iota(2, size, g.a)
+    inside = iota(1, g.BM, g.a) < count
+    if last:
+        inside = inside & (k < g.K // g.x_values)
+    a = cdna4.buffer_load(x, row[None, :, None] * (g.K // g.x_values) + k, mask=inside)
+    if g.MX:
+        k = (step * g.WAVES + iota(0, g.WAVES, g.a_scale)) * 4 + iota(2, 4, g.a_scale)
+        inside = iota(1, g.BM, g.a_scale) < count
+        if last:
+            inside = inside & (k < g.K // GROUP)
+        a_scale = cdna4.buffer_load(scale, scale_row[None, :, None] * (g.K // GROUP) + k, mask=inside)
+    else:
+        a_scale = gl.full([g.WAVES, g.BM, 4], 127, gl.uint8, g.a_scale)  # 2^0
+    return a, a_scale
+
+
+@gluon.jit
+def weights_at(w, scale, expert, n, g: gl.constexpr):
+    """Where the columns from n (a multiple of 8) of an expert begin in the packed weights and scales."""
+    w += expert.to(gl.int64) * (g.N * g.K // g.w_values) + n // MFMA * (MFMA * g.K // g.w_values) + n % MFMA * g.w_lane
+    if g.W == "e2m1":
+        groups: gl.constexpr = g.K // GROUP
+        scale += expert.to(gl.int64) * ((g.N + SCALE_COLUMNS - 1) // SCALE_COLUMNS * SCALE_COLUMNS * groups)
+        scale += n // SCALE_COLUMNS * (SCALE_COLUMNS * groups)
+        if g.COLUMNS % SCALE_COLUMNS != 0:  # otherwise Triton must see that a lane's four bytes are a dword
+            scale += n % MFMA * 4 + n % SCALE_COLUMNS // MFMA
+    return w, scale
+
+
+@gluon.jit
+def load_w(w, scale, columns, step: gl.constexpr, g: gl.constexpr):
+    """`columns` of BN columns from where w and scale point, and their scales in the order of memory."""
+    last: gl.constexpr = (step + 1) * STEP * g.WAVES > g.K
+    size: gl.constexpr = STEP // g.w_values
+    k, n = (step * g.WAVES + iota(0, g.WAVES, g.b)) * size + iota(1, size, g.b), iota(2, g.BN, g.b)
+    inside = n < columns
+    if last:
+        inside = inside & (k < g.K // g.w_values)
+    at = k // g.w_lane * (g.w_lane * MFMA) + k % g.w_lane + n % MFMA * g.w_lane + n // MFMA * (MFMA * g.K // g.w_values)
+    b, b_scale = cdna4.buffer_load(w, at, mask=inside), 0
+    if g.W == "e2m1":
+        k = (step * g.WAVES + iota(0, g.WAVES, g.b_scale_memory, 4)) * 4 + iota(1, 4, g.b_scale_memory, 4)
+        n = iota(2, MFMA, g.b_scale_memory, 4)
+        inside = n < columns
+        if last:
+            inside = inside & (k < g.K // GROUP)
+        at = k * SCALE_COLUMNS + n * 4 + iota(3, g.BN // MFMA, g.b_scale_memory, 4)
+        b_scale = cdna4.buffer_load(scale, at, mask=inside)
+    return b, b_scale
+
+
+@gluon.jit
+def multiply(acc, x, w, g: gl.constexpr):
+    """acc + one step of K, from what load_x and load_w returned."""
+    if g.W == "bf16":
+        acc = cdna4.mfma(x[0], w[0], acc)
+    else:
+        X: gl.constexpr = g.X
+        W: gl.constexpr = g.W
+        b_scale = w[1].permute(0, 3, 2, 1).reshape(g.WAVES, g.BN, 4)  # [WAVES, 4, 16, BN/16] -> [WAVES, BN, 4]
+        b_scale = gl.convert_layout(b_scale, g.b_scale, assert_trivial=True)
+        acc = cdna4.mfma_scaled(x[0], x[1], X, w[0], b_scale, W, acc)
+    return acc
+
+
+@gluon.constexpr_function
+def unchanged(n):
+    """Constraints of an instruction that returns n registers as they are and, for all LLVM knows, touches memory."""
+    return ",".join(["=v"] * n + [str(i) for i in range(n)] + ["~{memory}"])
+
+
+@gluon.jit
+def pin(x, registers: gl.constexpr):
+    """x, of so many registers a lane, through an empty instruction: loads written above it are issued above it, and
+    what uses its result comes after it. Without it LLVM moves loads towards their use to save registers (dispatch,
+    mxfp8: 76 for 186, and 6 loads in flight for 48)."""
+    n: gl.constexpr = min(16, registers)
+    return gl.inline_asm_elementwise("; pin", unchanged(n), [x], dtype=x.dtype, is_pure=False, pack=n)
+
+
+@gluon.jit
+def sum_waves(acc, g: gl.constexpr):
+    """acc [WAVES, BM, BN] -> its sum over waves [BM, BN] in g.out: in a lane, so always in one order."""
+    memory: gl.constexpr = gl.SwizzledSharedLayout(max(1, g.BN // 16), 1, 16, [2, 1, 0])
+    partial = gl.allocate_shared_memory(gl.float32, [g.WAVES, g.BM, g.BN], memory, acc)
+    gl.barrier()
+    return gl.sum(partial.load(g.partial), axis=0)
+
+
+@gluon.jit
+def expert_gemm(x, x_scale, row, scale_row, count, w, w_scale, columns, SLOTS: gl.constexpr, g: gl.constexpr):
+    """float32 [BM, BN] = x[row // SLOTS] @ w.T over all of K, in g.out. In flight before the first product: the weights
+    of AHEAD steps, first because they wait for nothing but the expert's number, then the activations, whose row numbers
+    were still on their way. After each product, the step AHEAD of it is requested."""
+    STEPS: gl.constexpr = g.steps
+    AHEAD: gl.constexpr = min(g.AHEAD, STEPS)
+    ACCUMULATORS: gl.constexpr = g.accumulators
+    ROWS: gl.constexpr = g.BM // MFMA  # of a lane
+    acc = gl.full([g.WAVES, g.BM, g.BN], 0, gl.float32, g.acc)
+    ws, xs = (), ()
+    for step in gl.static_range(AHEAD):
+        ws = ws + (load_w(w, w_scale, columns, step, g),)
+        acc = pin(acc, ACCUMULATORS)
+    row, scale_row = pin(row, ROWS) // SLOTS, pin(scale_row, ROWS) // SLOTS
+    for step in gl.static_range(AHEAD):
+        xs = xs + (load_x(x, x_scale, row, scale_row, count, step, g),)
+        acc = pin(acc, ACCUMULATORS)
+    for step in gl.static_range(STEPS):
+        acc = multiply(acc, xs[step], ws[step], g)
+        if step + AHEAD < STEPS:
+            ws = ws + (load_w(w, w_scale, columns, step + AHEAD, g),)
+            xs = xs + (load_x(x, x_scale, row, scale_row, count, step + AHEAD, g),)
+            acc = pin(acc, ACCUMULATORS)
+    return sum_waves(acc, g)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Quantisation
+
+@gluon.jit
+def quantise(y, static, X: gl.constexpr, MX: gl.constexpr):
+    """float32 y [rows, 32] -> bytes uint8 [rows, 32] (e2m1: [rows, 16], low nibble first), and E8M0 bytes uint8 [rows].
+    mx: the scale's exponent is floor(log2(max |y|)) less the element's largest (OCP MX 6.3); otherwise y / static.
+    Elements round to nearest even and saturate: a cast without the clamp would make 480 a NaN."""
+    largest: gl.constexpr = 448.0 if X == "e4m3" else 57344.0 if X == "e5m2" else 6.0
+    if MX:
+        largest_exponent: gl.constexpr = 8 if X == "e4m3" else 15 if X == "e5m2" else 2
+        bits = gl.max(gl.abs(y), axis=1).to(gl.int32, bitcast=True)
+        exponent = gl.maximum((bits >> 23) - 127 - largest_exponent, -127)  # float32's own exponent is the floor
+        y = y * ((127 - exponent) << 23).to(gl.float32, bitcast=True)[:, None]
+        scale = (exponent + 127).to(gl.uint8)
+    else:
+        y = gl.div_rn(y, gl.full(y.shape, static, gl.float32, y.type.layout))
+        scale = 0
+    y = gl.minimum(gl.maximum(y, -largest), largest)
+    if X == "e2m1":
+        m = gl.abs(y)  # the values are 0, .5, 1, 1.5, 2, 3, 4, 6; halfway between two goes to the even code
+        code = ((m > 0.25).to(gl.int32) + (m >= 0.75).to(gl.int32) + (m > 1.25).to(gl.int32) + (m >= 1.75).to(gl.int32)
+                + (m > 2.5).to(gl.int32) + (m >= 3.5).to(gl.int32) + (m > 5.0).to(gl.int32))
+        code = code | ((y.to(gl.int32, bitcast=True) >> 28) & 8)
+        low, high = gl.split(code.reshape(y.shape[0], y.shape[1] // 2, 2))
+        code = low | (high << 4)
+    else:
+        # Triton's own cast also sets a mode register, a side effect that makes LLVM read scalars by vector loads
+        convert: gl.constexpr = "v_cvt_pk_fp8_f32 $0, $1, $1" if X == "e4m3" else "v_cvt_pk_bf8_f32 $0, $1, $1"
+        code = gl.inline_asm_elementwise(convert, "=v,v", [y], dtype=gl.int32, is_pure=True, pack=1) & 255
+    return code.to(gl.uint8), scale
+
+
+@gluon.jit
+def store_group(y, out, out_scale, first, count, group, K: gl.constexpr, static, X: gl.constexpr, MX: gl.constexpr):
+    """Stores `count` rows of float32 y [*, G] as columns group * G .. of rows first .. of out [*, K], in the format."""
+    G: gl.constexpr = y.shape[1]
+    if X == "bf16":
+        q = y.to(gl.bfloat16)
+    else:
+        q, scale = quantise(y, static, X, MX)
+    width: gl.constexpr = q.shape[1]
+    row, n = iota(0, q.shape[0], q.type.layout, 2), iota(1, width, q.type.layout, 2)
+    cdna4.buffer_store(q, out, (first + row) * (K // G * width) + group * width + n, mask=(row < count) & (n < width))
+    if MX:
+        row = gl.arange(0, scale.shape[0], scale.type.layout)
+        cdna4.buffer_store(scale, out_scale, (first + row) * (K // G) + group, mask=row < count)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Routing
+
+@gluon.jit
+def select_experts(logits, first, T, E: gl.constexpr, EXPERTS: gl.constexpr, TOP_K: gl.constexpr, SLOTS: gl.constexpr,
+                   BM: gl.constexpr, WAVES: gl.constexpr):
+    """Top-k of tokens first .. first + BM - 1, ties to the smaller id, and the softmax over the chosen logits. logits
+    float32 [T, E] -> ids int32 [BM, SLOTS] (E: no such token or slot), gates float32, row numbers."""
+    layout: gl.constexpr = gl.BlockedLayout([1, max(1, EXPERTS // 64)], [1, 64], [WAVES, 1], [1, 0])
+    token, expert, slot = first + iota(0, BM, layout, 2), iota(1, EXPERTS, layout, 2), iota(1, SLOTS, layout, 2)
+    left = cdna4.buffer_load(logits, token * E + expert, mask=(token < T) & (expert < E))
+    left = gl.where(expert < E, gl.maximum(left, -3e38), float("-inf"))  # above what is taken, were it NaN
+    largest = gl.max(left, axis=1)[:, None]
+    ids = gl.full([BM, SLOTS], E, gl.int32, layout)
+    gates = gl.zeros([BM, SLOTS], gl.float32, layout)
+    for s in gl.static_range(TOP_K):
+        best = gl.max(left, axis=1)[:, None]
+        winner = gl.min(gl.where(left == best, expert, EXPERTS), axis=1)[:, None]
+        ids = gl.where((slot == s) & (token < T), winner, ids)
+        gates = gl.where(slot == s, gl.exp(best - largest), gates)
+        left = gl.where(expert == winner, float("-inf"), left)
+    return ids, gates / gl.sum(gates, axis=1)[:, None], token * SLOTS + slot
+
+
+@gluon.jit
+def list_tiles(ids, tiles, num_tiles, rows, E: gl.constexpr, EXPERTS: gl.constexpr, ROWS: gl.constexpr,
+               WAVES: gl.constexpr):
+    """The tiles of a decode batch, one an active expert, in the order of ids; its rows by place. ids int32 [ROWS] (E:
+    no row). Every position is a count of smaller ones, so nothing depends on who comes first."""
+    square: gl.constexpr = gl.BlockedLayout([1, max(1, ROWS // 8)], [8, 8], [WAVES, 1], [1, 0])
+    row, other_row = gl.arange(0, ROWS, only(0, square, 2)), iota(1, ROWS, square, 2)
+    mine = gl.convert_layout(ids, only(0, square, 2))
+    other = gl.convert_layout(ids, only(1, square, 2))[None, :]
+    earlier = ((other == mine[:, None]) & (other_row < row[:, None])).to(gl.int32)
+    place = gl.sum((other < mine[:, None]).to(gl.int32) + earlier, axis=1)
+    cdna4.buffer_store(row, rows, place, mask=mine < E)
+    opens = ((gl.sum(earlier, axis=1) == 0) & (mine < E)).to(gl.int32)  # the first row of its expert
+    gl.store(num_tiles, gl.sum(opens, axis=0))
+
+    opens = gl.convert_layout(opens, only(1, square, 2))[None, :]
+    expert = gl.arange(0, EXPERTS, only(0, square, 2))
+    smaller = (other < expert[:, None]).to(gl.int32)
+    at = 4 * gl.sum(smaller * opens, axis=1)
+    count = gl.sum((other == expert[:, None]).to(gl.int32), axis=1)
+    active = (count > 0) & (expert < E)
+    cdna4.buffer_store(expert, tiles, at, mask=active)
+    cdna4.buffer_store(gl.sum(smaller, axis=1), tiles, at + 1, mask=active)
+    cdna4.buffer_store(count, tiles, at + 2, mask=active)
+
+
+@gluon.jit(do_not_specialize=["T"])
+def route_kernel(x, router_weight, router_bias, logits, arrived, q, q_scale, tiles, num_tiles, rows, chosen, gates, T,
+                 static, X: gl.constexpr, MX: gl.constexpr, EXPERTS: gl.constexpr, TOP_K: gl.constexpr,
+                 SLOTS: gl.constexpr, DECODE: gl.constexpr, g: gl.constexpr):
+    """Program (p, m), tokens m * BM .. : the first programs p compute the logits of COLUMNS experts each, so that no
+    compute unit reads the router alone; each of the others quantises 32 columns of x. In decode, the last program to
+    store its logits selects the experts of all tokens."""
+    E: gl.constexpr = g.N
+    GATING: gl.constexpr = (E + g.COLUMNS - 1) // g.COLUMNS
+    first = gl.program_id(1) * g.BM
+    if gl.program_id(0) >= GATING:
+        group = gl.program_id(0) - GATING
+        layout: gl.constexpr = gl.BlockedLayout([1, 2], [4, 16], [g.WAVES, 1], [1, 0])
+        token, k = first + iota(0, g.BM, layout, 2), group * GROUP + iota(1, GROUP, layout, 2)
+        y = cdna4.buffer_load(x, token * g.K + k, mask=token < T).to(gl.float32)
+        store_group(y, q, q_scale, first, T - first, group, g.K, static, X, MX)
+        return
+
+    expert = gl.program_id(0) * g.COLUMNS
+    token = first + gl.arange(0, g.BM, only(1, g.a, 3))
+    n = iota(2, g.BN, g.b)
+    acc = gl.full([g.WAVES, g.BM, g.BN], 0, gl.float32, g.acc)
+    STEPS: gl.constexpr = g.steps
+    ACCUMULATORS: gl.constexpr = g.accumulators
+    steps = ()
+    for step in gl.static_range(STEPS):
+        k = (step * g.WAVES + iota(0, g.WAVES, g.b)) * STEP + iota(1, STEP, g.b)
+        inside = (n < g.COLUMNS) & (expert + n < E) & (k < g.K)
+        b = cdna4.buffer_load(router_weight, (expert + n) * g.K + k, mask=inside)  # rows as they are, 16 bytes a lane
+        steps = steps + ((load_x(x, None, token, token, T - first, step, g), (b, 0)),)
+        acc = pin(acc, ACCUMULATORS)
+    for step in gl.static_range(STEPS):
+        acc = multiply(acc, steps[step][0], steps[step][1], g)
+    acc = sum_waves(acc, g)
+    token, n = first + iota(0, g.BM, g.out, 2), iota(1, g.BN, g.out, 2)
+    mine = (n < g.COLUMNS) & (expert + n < E)
+    acc = acc + cdna4.buffer_load(router_bias, expert + n, mask=mine).to(gl.float32)
+    cdna4.buffer_store(acc, logits, token * E + expert + n, mask=mine & (token < T))
+
+    if DECODE:
+        # a barrier of the workgroup orders LDS only: each wave awaits its own stores before one lane reports them
+        gl.inline_asm_elementwise("s_waitcnt vmcnt(0)", "=v,0,~{memory}", [acc], dtype=gl.float32, is_pure=False,
+                                  pack=1)
+        gl.barrier()
+        if gl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == GATING - 1:
+            gl.store(arrived, 0)
+            ids, gate, row = select_experts(logits, 0, T, E, EXPERTS, TOP_K, SLOTS, g.BM, g.WAVES)
+            cdna4.buffer_store(ids, chosen, row, mask=ids < E)
+            cdna4.buffer_store(gate, gates, row, mask=ids < E)
+            list_tiles(ids.reshape(g.BM * SLOTS), tiles, num_tiles, rows, E, EXPERTS, g.BM * SLOTS, g.WAVES)
+
+
+@gluon.jit(do_not_specialize=["T"])
+def select_kernel(logits, chosen, gates, counts, T, E: gl.constexpr, EXPERTS: gl.constexpr, TOP_K: gl.constexpr,
+                  SLOTS: gl.constexpr, BM: gl.constexpr, WAVES: gl.constexpr):
+    """Above decode: top-k of BM tokens a program, and how many of their rows each expert gets, counts [programs, E]."""
+    ids, gate, row = select_experts(logits, gl.program_id(0) * BM, T, E, EXPERTS, TOP_K, SLOTS, BM, WAVES)
+    cdna4.buffer_store(ids, chosen, row, mask=row < T * SLOTS)
+    cdna4.buffer_store(gate, gates, row, mask=row < T * SLOTS)
+    square: gl.constexpr = gl.BlockedLayout([1, max(1, BM * SLOTS // 8)], [8, 8], [WAVES, 1], [1, 0])
+    ids = gl.convert_layout(ids.reshape(BM * SLOTS), only(1, square, 2))[None, :]
+    expert = gl.arange(0, EXPERTS, only(0, square, 2))
+    count = gl.sum((ids == expert[:, None]).to(gl.int32), axis=1)
+    cdna4.buffer_store(count, counts, gl.program_id(0) * E + expert, mask=expert < E)
+
+
+@gluon.jit
+def add(a, b):
+    return a + b
+
+
+@gluon.jit(do_not_specialize=["programs", "R"])
+def sort_kernel(chosen, counts, tiles, num_tiles, rows, programs, R, E: gl.constexpr, EXPERTS: gl.constexpr,
+                BM: gl.constexpr, CHUNK: gl.constexpr, WAVES: gl.constexpr):
+    """Above decode: program e lists the tiles of expert e and, in one pass over the R chosen ids, its rows in order."""
+    mine = gl.program_id(0)
+    lanes: gl.constexpr = gl.BlockedLayout([1, max(1, EXPERTS // 64)], [1, 64], [WAVES, 1], [1, 0])
+    expert = gl.arange(0, EXPERTS, only(1, lanes, 2))
+    total = gl.zeros([EXPERTS], gl.int32, only(1, lanes, 2))
+    for p in range(0, programs, 16):
+        program = p + iota(0, 16, lanes, 2)
+        inside = (program < programs) & (expert[None, :] < E)
+        total += gl.sum(cdna4.buffer_load(counts, program * E + expert[None, :], mask=inside), axis=0)
+    place = gl.sum(gl.where(expert < mine, total, 0), axis=0)
+    tile = gl.sum(gl.where(expert < mine, (total + BM - 1) // BM, 0), axis=0)
+    count = gl.sum(gl.where(expert == mine, total, 0), axis=0)
+    own = (count + BM - 1) // BM
+    if mine == E - 1:
+        gl.store(num_tiles, tile + own)
+
+    i = gl.arange(0, CHUNK, gl.BlockedLayout([CHUNK // (64 * WAVES)], [64], [WAVES], [0]))
+    for t in range(0, own, CHUNK):
+        at = 4 * (tile + t + i)
+        cdna4.buffer_store(gl.full([CHUNK], mine, gl.int32, i.type.layout), tiles, at, mask=t + i < own)
+        cdna4.buffer_store(place + (t + i) * BM, tiles, at + 1, mask=t + i < own)
+        cdna4.buffer_store(gl.minimum(count - (t + i) * BM, BM), tiles, at + 2, mask=t + i < own)
+    for r in range(0, R, CHUNK):
+        is_mine = (cdna4.buffer_load(chosen, r + i, mask=r + i < R, other=E) == mine).to(gl.int32)
+        before = gl.associative_scan(is_mine, 0, add) - is_mine
+        cdna4.buffer_store(r + i, rows, place + before, mask=is_mine > 0)
+        place += gl.sum(is_mine, axis=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# dispatch: gather, first GEMM, SwiGLU
+
+@gluon.jit
+def dispatch_kernel(x, x_scale, w, w_scale, bias, tiles, num_tiles, rows, h, h_scale, x_static, h_static, limit,
+                    SLOTS: gl.constexpr, g: gl.constexpr):
+    """h[place] = swiglu(x[token of place] @ w[expert].T + bias[expert]), quantised for the second GEMM. Program (j, t):
+    columns j * BN .. of tile t, which are BN/2 consecutive values of h, and in mx formats exactly one scale group."""
+    tile, block = gl.program_id(1), gl.program_id(0)
+    if tile >= gl.load(num_tiles):
+        return
+    expert, first, count = gl.load(tiles + 4 * tile), gl.load(tiles + 4 * tile + 1), gl.load(tiles + 4 * tile + 2)
+    place = gl.arange(0, g.BM, only(1, g.a, 3))
+    row = cdna4.buffer_load(rows, first + place, mask=place < count)
+    place = gl.arange(0, g.BM, only(1, g.a_scale, 3))
+    scale_row = cdna4.buffer_load(rows, first + place, mask=place < count)
+    bias = cdna4.buffer_load(bias, expert * g.N + block * g.BN + gl.arange(0, g.BN, only(1, g.out, 2)))
+    w, w_scale = weights_at(w, w_scale, expert, block * g.BN, g)
+    BN: gl.constexpr = g.BN
+    acc = expert_gemm(x, x_scale, row, scale_row, count, w, w_scale, BN, SLOTS, g) * x_static + bias[None, :]
+
+    gate, up = gl.split(acc.reshape(g.BM, g.BN // 2, 2))  # [BM, BN/2] each: columns alternate gate, up
+    gate, up = gl.minimum(gate, limit), gl.minimum(gl.maximum(up, -limit), limit)
+    y = gate * (up + 1) / (1 + gl.exp(-1.702 * gate))
+    store_group(y, h, h_scale, first, count, block, g.N // 2, h_static, g.X, g.MX)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# combine, decode: second GEMM of every active expert and the sum over a token's slots
+
+@gluon.jit
+def load_expert(tile, h, h_scale, w, w_scale, rows, n, g: gl.constexpr):
+    """All steps of K of COLUMNS columns from n of a tile's expert, its activations and row numbers. Nothing is
+    requested for a tile of no rows."""
+    expert, first, count = tile
+    columns = gl.where(count > 0, g.COLUMNS, 0)
+    w, w_scale = weights_at(w, w_scale, expert, n, g)
+    place = first + gl.arange(0, g.BM, only(1, g.a, 3))
+    scale_place = first + gl.arange(0, g.BM, only(1, g.a_scale, 3))
+    STEPS: gl.constexpr = g.steps
+    steps = ()
+    for step in gl.static_range(STEPS):
+        b = load_w(w, w_scale, columns, step, g)
+        steps = steps + ((load_x(h, h_scale, place, scale_place, count, step, g), b),)
+    place = gl.arange(0, g.BM, only(1, g.acc, 3))
+    return steps, cdna4.buffer_load(rows, first + place, mask=place < count), count
+
+
+@gluon.jit
+def scalar_of(memory, index, WAVES: gl.constexpr):
+    """One element of a 1-D LDS tensor, the same in every lane."""
+    return gl.sum(memory.gather(gl.full([1], index, gl.int32, gl.BlockedLayout([1], [64], [WAVES], [0])), 0), axis=0)
+
+
+@gluon.jit(do_not_specialize=["T"])
+def combine_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, chosen, gates, out, T, static,
+                   TOP_K: gl.constexpr, SLOTS: gl.constexpr, TOKENS: gl.constexpr, g: gl.constexpr):
+    """out[token] = sum over slots of gate * (h[place] @ w[expert].T + bias[expert]) for COLUMNS columns a program.
+    Loads of AHEAD experts are in flight. A wave leaves its share of K of every row in LDS; at the end the sum runs over
+    waves, then slots, in one order whatever the batch."""
+    per_xcd: gl.constexpr = (g.N // g.COLUMNS + XCDS - 1) // XCDS  # neighbours share the cache lines of scales and h
+    block = gl.program_id(0) % XCDS * per_xcd + gl.program_id(0) // XCDS
+    if block >= g.N // g.COLUMNS:
+        return
+    STEPS: gl.constexpr = g.steps
+    AHEAD: gl.constexpr = g.AHEAD
+    ACCUMULATORS: gl.constexpr = g.accumulators
+    n_tiles = gl.load(num_tiles)
+    last = n_tiles - 1
+
+    # what the end needs, and the list of tiles, are requested first
+    final: gl.constexpr = gl.BlockedLayout([g.WAVES, 1, 1, 1], [1, 64 // (SLOTS * g.COLUMNS), SLOTS, g.COLUMNS],
+                                           [1, g.WAVES, 1, 1], [3, 2, 1, 0])  # a lane: all waves of (token, slot, n)
+    weighted: gl.constexpr = gl.SliceLayout(0, final)
+    token, slot = iota(0, TOKENS, weighted), iota(1, SLOTS, weighted)
+    valid = (token < T) & (slot < TOP_K)
+    expert = cdna4.buffer_load(chosen, token * SLOTS + slot, mask=valid)
+    gate = cdna4.buffer_load(gates, token * SLOTS + slot, mask=valid)
+    word = gl.arange(0, 4 * TOKENS * SLOTS, gl.BlockedLayout([1], [64], [g.WAVES], [0]))
+    listed = cdna4.buffer_load(tiles, word, mask=word < 4 * n_tiles)
+    head = ()
+    for j in gl.static_range(AHEAD):
+        tile = tiles + 4 * gl.minimum(j, last)
+        head = head + ((gl.load(tile), gl.load(tile + 1), gl.where(j <= last, gl.load(tile + 2), 0)),)
+    zero = gl.full([g.WAVES, g.BM, g.BN], 0, gl.float32, g.acc)
+    ring = ()
+    for j in gl.static_range(AHEAD):
+        ring = ring + (load_expert(head[j], h, h_scale, w, w_scale, rows, block * g.COLUMNS, g),)
+        pin(zero, ACCUMULATORS)
+    bias = cdna4.buffer_load(bias, expert * g.N + block * g.COLUMNS + iota(2, g.COLUMNS, weighted), mask=valid)
+
+    # LDS: the tile list, since a global load in the loop would wait for all loads before it; a cell for every
+    # (wave, row, column); and a dump for what the matrix instruction computes of no row or column
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    listed = gl.allocate_shared_memory(gl.int32, [4 * TOKENS * SLOTS], flat, listed)
+    ROWS: gl.constexpr = TOKENS * SLOTS
+    CELLS: gl.constexpr = g.WAVES * ROWS * g.COLUMNS
+    TILE: gl.constexpr = g.BM * g.BN
+    partial = gl.allocate_shared_memory(gl.float32, [triton.next_power_of_2(CELLS + g.WAVES * TILE)], flat)
+    wave, place, n = iota(0, g.WAVES, g.acc), iota(1, g.BM, g.acc), iota(2, g.BN, g.acc)
+    dump = CELLS + wave * TILE + n % 4 * 64 + n // 4 * g.BM + place  # a wave's lanes in 64 different banks
+    for i in range(0, n_tiles, AHEAD):
+        for j in gl.static_range(AHEAD):
+            if i + j <= last:  # a block of its own: LLVM moves none of it up to where its loads would be awaited
+                steps, row, count = ring[j]
+                acc = zero
+                for step in gl.static_range(STEPS):
+                    acc = multiply(acc, steps[step][0], steps[step][1], g)
+                cell = (wave * ROWS + row[None, :, None]) * g.COLUMNS + n
+                cell = gl.where((place < count) & (n < g.COLUMNS), cell, dump)
+                partial.scatter(acc.reshape(g.WAVES * TILE), cell.reshape(g.WAVES * TILE), 0)
+            ahead = i + j + AHEAD
+            at = 4 * gl.minimum(ahead, last)
+            count = gl.where(ahead <= last, scalar_of(listed, at + 2, g.WAVES), 0)
+            words = (scalar_of(listed, at, g.WAVES), scalar_of(listed, at + 1, g.WAVES), count)
+            loads = load_expert(words, h, h_scale, w, w_scale, rows, block * g.COLUMNS, g)
+            ring = ring[:j] + (loads,) + ring[j + 1:]
+    gl.barrier()
+
+    token, slot = iota(1, TOKENS, final, 4), iota(2, SLOTS, final, 4)
+    row = gl.where((token < T) & (slot < TOP_K), token * SLOTS + slot, 0)  # row 0 exists
+    cell = (iota(0, g.WAVES, final, 4) * ROWS + row) * g.COLUMNS + iota(3, g.COLUMNS, final, 4)
+    acc = partial.gather(cell.reshape(CELLS), 0).reshape(g.WAVES, TOKENS, SLOTS, g.COLUMNS)
+    acc = gl.sum(gl.convert_layout(acc, final, assert_trivial=True), axis=0)  # [TOKENS, SLOTS, COLUMNS]
+    y = gl.sum(gl.where(valid, gate * (acc * static + bias), 0), axis=1)  # [TOKENS, COLUMNS]
+    token, n = iota(0, TOKENS, y.type.layout, 2), block * g.COLUMNS + iota(1, g.COLUMNS, y.type.layout, 2)
+    cdna4.buffer_store(y.to(gl.bfloat16), out, token * g.N + n, mask=(token < T) & (n < g.N))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# combine, above decode: a program computes one tile of rows, a second kernel sums over a token's slots
+
+@gluon.jit
+def combine_rows_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, gates, weighted, static,
+                        g: gl.constexpr):
+    """weighted[row] = gate[row] * (h[place of row] @ w[expert].T + bias[expert]), float32 [T * SLOTS, N]."""
+    tile, column = gl.program_id(1), gl.program_id(0) * g.BN
+    if tile >= gl.load(num_tiles):
+        return
+    expert, first, count = gl.load(tiles + 4 * tile), gl.load(tiles + 4 * tile + 1), gl.load(tiles + 4 * tile + 2)
+    place, n = gl.arange(0, g.BM, only(0, g.out, 2)), column + gl.arange(0, g.BN, only(1, g.out, 2))
+    row = cdna4.buffer_load(rows, first + place, mask=place < count)
+    gate = cdna4.buffer_load(gates, row, mask=place < count)
+    bias = cdna4.buffer_load(bias, expert * g.N + n, mask=n < g.N)
+    w, w_scale = weights_at(w, w_scale, expert, column, g)
+    h_place = first + gl.arange(0, g.BM, only(1, g.a, 3))
+    scale_place = first + gl.arange(0, g.BM, only(1, g.a_scale, 3))
+    acc = expert_gemm(h, h_scale, h_place, scale_place, count, w, w_scale, gl.minimum(g.N - column, g.BN), 1, g)
+    y = gate[:, None] * (acc * static + bias[None, :])
+    cdna4.buffer_store(y, weighted, row[:, None] * g.N + n[None, :], mask=(place < count)[:, None] & (n < g.N)[None, :])
+
+
+@gluon.jit
+def sum_slots_kernel(weighted, out, N: gl.constexpr, TOP_K: gl.constexpr, SLOTS: gl.constexpr, BN: gl.constexpr,
+                     WAVES: gl.constexpr):
+    """out[token] = sum of its rows, in the order of slots."""
+    token, n = gl.program_id(1), gl.program_id(0) * BN + gl.arange(0, BN, gl.BlockedLayout([4], [64], [WAVES], [0]))
+    weighted += token.to(gl.int64) * (SLOTS * N)
+    y = cdna4.buffer_load(weighted, n, mask=n < N)
+    for slot in gl.static_range(1, TOP_K):
+        y += cdna4.buffer_load(weighted, slot * N + n, mask=n < N)
+    cdna4.buffer_store(y.to(gl.bfloat16), out + token.to(gl.int64) * N, n, mask=n < N)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launchers
+
+@dataclass
+class Routing:
+    """What `gating_gemm` leaves on the device for the expert GEMMs."""
+    x: torch.Tensor  # activations of the first GEMM: bf16 [T, H], or uint8 [T, H], [T, H/2] (e2m1)
+    x_scale: torch.Tensor  # uint8 [T, H/32] in mx formats
+    chosen: torch.Tensor  # int32 [T, SLOTS]: expert ids, the largest logit first
+    gates: torch.Tensor  # float32 [T, SLOTS]
+    rows: torch.Tensor  # int32 [T * SLOTS], by place
+    tiles: torch.Tensor  # int32 [upper bound, 4]: expert, first place, number of places, unused
+    num_tiles: torch.Tensor  # int32 [1]
+    BM: int
+    top_k: int
+
+
+def gemm(kernel: str, packed: PackedExperts, tokens: int, top_k: int) -> Gemm:
+    """The tile of "dispatch" or "combine". Figures are for 120b (H = I = 2880, 4 of 128 experts), mxfp8, triton 3.7.1.
+    Raises ValueError for an inner size beyond the registers."""
+    f, w = FORMATS[packed.activations], packed.gate_up if kernel == "dispatch" else packed.down
+    bf16 = f.weights == torch.bfloat16  # 4 times the bytes a column: half the columns or steps for the same flight
+    BM, BN, waves = 16, 32 if bf16 else 64, 4
+    columns = BN
+    if tokens <= DECODE_TOKENS and kernel == "dispatch":
+        # 64 columns are one scale group of h, and 360 workgroups at one token. All 6 steps of a wave are in flight, 28
+        # KB: 186 registers, 2 workgroups a CU
+        ahead = 3 if bf16 else 6
+    elif tokens <= DECODE_TOKENS:
+        # 8 columns are 360 workgroups, with half of each operand's lanes off; 16 would leave 76 of 256 CUs without
+        # work. 8 waves x 3 steps are all of K, so an expert takes 42 registers and 4 are in flight: 8 KB a wave, 66 KB
+        # a workgroup, 202 registers, 2 workgroups a CU
+        BN, columns, waves = 16, 8, 8
+        steps, most = triton.cdiv(w.K, waves * STEP.value), 6 if bf16 else 12
+        if steps > most:
+            raise ValueError(f"inner size {w.K}: combine holds an expert's steps, up to {most * waves * STEP.value}")
+        ahead = min(4, most // steps)
+    else:
+        # the same loads under tiles as tall as an expert's average share; half the steps, since 64 rows take 32
+        # registers a step
+        BM, ahead = 16 if tokens * top_k <= 16 * len(w.data) else 64, 2 if bf16 else 3
+    return Gemm(w.K, w.N, BM, BN, columns, waves, ahead, f.element, f.scale == "mx", "bf16" if bf16 else "e2m1")
+
+
+def empty_activations(f: Format, rows: int, K: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for rows of K values in a format, and for their scales (one unused byte where it has none)."""
+    width, dtype = (K, torch.bfloat16) if f.element == "bf16" else (K // 2 if f.element == "e2m1" else K, torch.uint8)
+    scale = torch.empty((rows, K // GROUP.value) if f.scale == "mx" else 1, dtype=torch.uint8, device=device)
+    return torch.empty(rows, width, dtype=dtype, device=device), scale
+
+
+def gating_gemm(x, router_weight, router_bias, packed: PackedExperts, top_k: int) -> Routing:
+    """Router GEMM (bf16, float32 sums), top-k, gates, the sort of rows by expert, x in the experts' format: one launch
+    in decode, three above. x bf16 [T, H]; router_weight bf16 [E, H], router_bias bf16 or float32 [E]."""
+    (T, H), E, device = x.shape, len(router_weight), x.device
+    f, decode, slots = FORMATS[packed.activations], T <= DECODE_TOKENS, triton.next_power_of_2(top_k)
+    BM, R, experts = gemm("dispatch", packed, T, top_k).BM, T * slots, max(16, triton.next_power_of_2(E))
+    integers = {"dtype": torch.int32, "device": device}
+    chosen, gates = torch.empty(T, slots, **integers), torch.empty(T, slots, dtype=torch.float32, device=device)
+    rows, num_tiles = torch.empty(R, **integers), torch.empty(1, **integers)
+    tiles = torch.empty(min(R, E + R // BM), 4, **integers)  # no split of R rows makes more
+    logits = torch.empty(T, E, dtype=torch.float32, device=device)
+    q, q_scale = (x, num_tiles) if f.scale == "none" else empty_activations(f, T, H, device)
+    # in decode 4 experts a workgroup: 32 CUs read the router, 23 KB each; above, reading it once a tile counts
+    columns = 4 if decode else 16
+    g = Gemm(H, E, 16 if decode else 32, 16, columns, 8, 0, "bf16", False, "bf16")
+    grid = (triton.cdiv(E, columns) + (0 if f.scale == "none" else H // GROUP.value), triton.cdiv(T, g.BM))
+    route_kernel[grid](x, router_weight, router_bias, logits, packed.arrived, q, q_scale, tiles, num_tiles, rows,
+                       chosen, gates, T, packed.gate_up.input_scale, f.element, f.scale == "mx", experts, top_k, slots,
+                       decode, g, num_warps=g.WAVES)
+    if not decode:
+        programs = triton.cdiv(T, 16)
+        counts = torch.empty(programs, E, **integers)
+        select_kernel[(programs,)](logits, chosen, gates, counts, T, E, experts, top_k, slots, 16, 4, num_warps=4)
+        sort_kernel[(E,)](chosen, counts, tiles, num_tiles, rows, programs, R, E, experts, BM, 1024, 4, num_warps=4)
+    return Routing(q, q_scale, chosen, gates, rows, tiles, num_tiles, BM, top_k)
+
+
+def dispatch_swiglu(routing: Routing, packed: PackedExperts, swiglu_limit: float = 7.0):
+    """The first expert GEMM of all rows and SwiGLU -> h, by place, as the second GEMM reads it: bf16 or uint8
+    [T * SLOTS, I] or [T * SLOTS, I/2] (e2m1), and its scales uint8 [T * SLOTS, I/32] in mx formats."""
+    f, w, (T, slots) = FORMATS[packed.activations], packed.gate_up, routing.chosen.shape
+    g = gemm("dispatch", packed, T, routing.top_k)
+    h, h_scale = empty_activations(f, T * slots, w.N // 2, w.data.device)
+    dispatch_kernel[w.N // g.BN, len(routing.tiles)](
+        routing.x, routing.x_scale, w.data, w.scale, w.bias, routing.tiles, routing.num_tiles, routing.rows, h, h_scale,
+        w.input_scale, packed.down.input_scale, swiglu_limit, slots, g, num_warps=g.WAVES)
+    return h, h_scale
+
+
+def combine(h, h_scale, routing: Routing, packed: PackedExperts) -> torch.Tensor:
+    """The second expert GEMM, weighted by the gates and summed over each token's slots, without atomics: one launch in
+    decode, two above. h, h_scale from `dispatch_swiglu` -> bf16 [T, H]."""
+    w, (T, slots) = packed.down, routing.chosen.shape
+    g = gemm("combine", packed, T, routing.top_k)
+    out = torch.empty(T, w.N, dtype=torch.bfloat16, device=h.device)
+    inputs = h, h_scale, w.data, w.scale, w.bias, routing.tiles, routing.num_tiles, routing.rows
+    if T <= DECODE_TOKENS:
+        grid = (triton.cdiv(w.N // g.COLUMNS, XCDS.value) * XCDS.value,)
+        combine_kernel[grid](*inputs, routing.chosen, routing.gates, out, T, w.input_scale, routing.top_k, slots,
+                             DECODE_TOKENS, g, num_warps=g.WAVES)
+    else:
+        weighted = torch.empty(T * slots, w.N, dtype=torch.float32, device=h.device)
+        combine_rows_kernel[triton.cdiv(w.N, g.BN), len(routing.tiles)](*inputs, routing.gates, weighted, w.input_scale,
+                                                                        g, num_warps=g.WAVES)
+        sum_slots_kernel[triton.cdiv(w.N, 1024), T](weighted, out, w.N, routing.top_k, slots, 1024, 4, num_warps=4)
+    return out
+
+
+def moe(x, router_weight, router_bias, packed: PackedExperts, top_k: int, activations: str | None = None,
+        swiglu_limit: float = 7.0) -> torch.Tensor:
+    """The whole layer. x bf16 [T, H], router_weight bf16 [E, H], router_bias bf16 or float32 [E] -> bf16 [T, H].
+    `activations`, if given, must be what `packed` was prepared for. Nothing is read back to the host. Raises ValueError
+    for what the kernels do not take."""
+    E, H = router_weight.shape
+    if activations not in (None, packed.activations):
+        raise ValueError(f"activations={activations!r}, but the weights were prepared for {packed.activations!r}")
+    if x.dtype != torch.bfloat16 or router_weight.dtype != torch.bfloat16:
+        raise ValueError(f"x is {x.dtype} and the router {router_weight.dtype}: the kernels take bfloat16")
+    if x.shape[1:] != (H,) or H != packed.gate_up.K or E != len(packed.gate_up.data):
+        raise ValueError(f"x is {list(x.shape)}, the router {E} x {H}, the experts {len(packed.gate_up.data)} of "
+                         f"{packed.gate_up.K}")
+    if not 1 <= top_k <= min(E, 8):
+        raise ValueError(f"top_k={top_k}: expected 1 to 8, and no more than the {E} experts")
+    if len(x) * triton.next_power_of_2(top_k) * max(H, packed.down.K) * 4 >= 2**31:
+        raise ValueError(f"{len(x)} tokens at once: split them, an intermediate would exceed 2 GB, a buffer's range")
+    if len(x) == 0:
+        return torch.empty_like(x)
+    routing = gating_gemm(x.contiguous(), router_weight.contiguous(), router_bias, packed, top_k)
+    return combine(*dispatch_swiglu(routing, packed, swiglu_limit), routing, packed)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the compiler made
+
+@dataclass(frozen=True)
+class Profile:
+    """Of a compiled kernel: registers, spilled registers, scratch bytes a lane, LDS bytes a workgroup, waves a SIMD (by
+    registers and LDS, from LLVM), code bytes."""
+    sgprs: int
+    vgprs: int
+    agprs: int
+    sgpr_spills: int
+    vgpr_spills: int
+    scratch: int
+    lds: int
+    occupancy: int
+    code_bytes: int
+
+
+def static_profile(compiled) -> Profile:
+    """`compiled` is what `kernel[grid](...)` returns. Read from its assembly; LDS, which is dynamic, from Triton."""
+    text = compiled.asm["amdgcn"]
+
+    def number(name):
+        return int(re.search(name + r"\s+(\d+)", text).group(1))
+
+    agprs = number(r"\.agpr_count:")
+    return Profile(number(r"\.sgpr_count:"), number(r"\.vgpr_count:") - agprs, agprs, number(r"\.sgpr_spill_count:"),
+                   number(r"\.vgpr_spill_count:"), number(r"\.private_segment_fixed_size:"), compiled.metadata.shared,
+                   number("; Occupancy:"), number("; codeLenInByte ="))
+
+
+def assert_no_spills(compiled) -> Profile:
+    """The profile of a kernel that keeps everything in registers; AssertionError, naming it, for one that does not."""
+    profile = static_profile(compiled)
+    if profile.sgpr_spills or profile.vgpr_spills or profile.scratch:
+        raise AssertionError(f"{compiled.metadata.name} spills: {profile}")
+    return profile
