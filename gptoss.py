@@ -279,9 +279,11 @@ def gluon_for(device: torch.device):
     import triton
 
     import moe_gluon
-    if moe_gluon.is_supported() and triton.runtime.driver.active.get_active_torch_device().type == device.type:
-        return moe_gluon
-    return None
+    if not moe_gluon.is_supported():
+        return None
+    # a driver that does not say where its tensors live is an emulator's
+    owner = getattr(triton.runtime.driver.active, "get_active_torch_device", lambda: torch.device("cpu"))()
+    return moe_gluon if owner.type == device.type else None
 
 
 class GPTOSS:
@@ -319,8 +321,10 @@ class GPTOSS:
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=None, moe="auto", activations="auto") -> "GPTOSS":
-        """Loads the checkpoint folder `path`. dtype None: float32 on a CPU, bfloat16 elsewhere. Raises
-        weights.CheckpointError for a bad checkpoint, ValueError for a bad argument."""
+        """Loads the checkpoint folder `path`. dtype None: bfloat16, but float32 on the torch path of a CPU. moe "auto":
+        "gluon" where a gfx950 is Triton's active device, else "torch". activations "auto": "fp8" for Quark's layout;
+        else "mxfp8" where the kernels meet mxfp4 weights, "bf16" otherwise. Raises weights.CheckpointError for a bad
+        checkpoint, ValueError for a bad argument."""
         return cls(weights.load(path), device, dtype, moe, activations)
 
     def load(self, checkpoint: weights.Checkpoint) -> None:
@@ -634,7 +638,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--top-k", type=int, metavar="K")
     add("--top-p", type=float, metavar="P")
     add("--seed", type=int, metavar="N", help="same seed, same tokens")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 elsewhere")
     add("--moe", default="auto", choices=("auto", "torch", "gluon"))
     add("--emulate", action="store_true", help="run the MoE layers' gfx950 kernels, emulated on the CPU: slow, exact")
@@ -719,6 +723,8 @@ def main() -> int:
     args = parser.parse_args()
     if bool(args.prompt) == args.chat:
         parser.error("give --prompt TEXT (may repeat, - reads standard input) or --chat")
+    if args.emulate and (args.device not in (None, "cpu") or args.moe == "torch"):
+        parser.error("--emulate runs the gluon kernels on the cpu: leave out --device and --moe")
     try:
         tokenizer = weights.load_tokenizer(args.checkpoint)
         chat = not args.raw and "<|channel|>" in tokenizer.special_tokens_set
@@ -729,7 +735,8 @@ def main() -> int:
         if empty := [index for index, text in enumerate(texts) if not text.strip()]:
             raise ValueError(f"prompt {empty[0]} is empty")
         with emulated_gpu() if args.emulate else contextlib.nullcontext():
-            device, moe = ("cpu", "gluon") if args.emulate else (args.device, args.moe)
+            device = args.device or ("cuda" if torch.cuda.is_available() and not args.emulate else "cpu")
+            moe = "gluon" if args.emulate else args.moe
             dtype = getattr(torch, args.dtype or "", None)
             model = GPTOSS.from_pretrained(args.checkpoint, device, dtype, moe, args.activations)
             if args.chat:

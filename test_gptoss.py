@@ -694,6 +694,8 @@ def test_command_line_answers():
     ([], 2, "give --prompt"),
     (["--chat", "--prompt", "x"], 2, "give --prompt"),
     (["--prompt", "x", "--moe", "cuda"], 2, "--moe"),
+    (["--prompt", "x", "--emulate", "--moe", "torch"], 2, "--emulate runs the gluon kernels"),
+    (["--prompt", "x", "--emulate", "--device", "cuda"], 2, "--emulate runs the gluon kernels"),
     (["--prompt", "x", "--checkpoint", "/nowhere"], 1, "/nowhere"),
     (["--prompt", ""], 1, "prompt 0 is empty"),
     (["--prompt", "x", "--max-new-tokens", "9999999"], 1, "too long"),
@@ -740,6 +742,11 @@ def test_only_a_gfx950_gets_the_kernels(tiny, monkeypatch):
         assert GPTOSS.from_pretrained(TINY, moe="torch").gluon is None
         with pytest.raises(ValueError, match="computes in bfloat16"):
             GPTOSS.from_pretrained(TINY, dtype=torch.float32)
+        driver = type(gfx950.Driver(None))
+        monkeypatch.setattr(driver, "get_active_torch_device", lambda self: torch.device("cuda"))  # a real gfx950
+        assert GPTOSS.from_pretrained(TINY).gluon is None
+        monkeypatch.delattr(driver, "get_active_torch_device")  # somebody else's emulator
+        assert GPTOSS.from_pretrained(TINY).gluon is moe_gluon
         monkeypatch.setattr(moe_gluon, "is_supported", lambda: False)  # another AMD device
         assert GPTOSS.from_pretrained(TINY).gluon is None
         with pytest.raises(ValueError, match="needs Triton with an active gfx950"):
