@@ -253,8 +253,8 @@ def test_prefill_scores_stay_bounded(tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "step", step)
     assert relative(model.logits(tokens), expected) < 1e-5
-    # a page's worth of unused slots a query is what the bound leaves out
-    assert len(sizes) > 10 and max(sizes) <= 1 << 14 + 1
+    # twice the bound: a chunk also reads, masked, the slots that it is about to fill
+    assert len(sizes) > 10 and max(sizes) <= 2 << 14
 
 
 def test_bfloat16_is_near_float32(tmp_path):
