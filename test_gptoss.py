@@ -295,6 +295,15 @@ def test_prompts_wait_for_pages_and_free_them(tmp_path):
         model.stream(prompts, 12, page_size=4, num_pages=needed - 1)
 
 
+def test_max_batch_bounds_what_decodes_together(tmp_path, monkeypatch):
+    model, together = GPTOSS.from_pretrained(make(tmp_path)), []
+    step = model.step
+    monkeypatch.setattr(model, "step", lambda cache, positions, slots: together.append(len(positions))
+                        or step(cache, positions, slots))
+    model.generate([prompt_of(4)] * 5, 6, num_pages=1000, max_batch=2)
+    assert max(together) == 2
+
+
 def test_streams_interleave_and_match_generate(tmp_path):
     model = GPTOSS.from_pretrained(make(tmp_path))
     prompts = [prompt_of(4), prompt_of(6, seed=1)]
