@@ -2,10 +2,12 @@
 
 The model, all of it: a wave-instruction occupies its SIMD's vector pipe 4 cycles (transcendentals 16), scalar slot 4
 cycles, its matrix pipe `matrix.cycles` (dense peak rates: bf16 1024 flop a cycle and SIMD, fp8 2048, fp4 4096). LDS
-moves 128 bytes a cycle and CU, and a bank conflict costs 2 cycles (`LDS.conflict_cycles`, taken from one wave of each
-group). A CU requests 64 bytes a cycle from its vector cache. HBM delivers 8 TB/s at 2.4 GHz. Work is spread evenly over
-as many of 256 CUs as there are workgroups and as many of their 4 SIMDs as there are waves. Latency, cache capacity,
-issue limits and clocks under load are not modelled: the table says what bounds a kernel from below, not its time.
+reads 256 bytes a cycle and CU (AMD, rocm.blogs.amd.com, "FP8 GEMM Optimization on AMD CDNA4 Architecture", Table 1:
+twice CDNA3's) and, as that source names reads only, takes 128 from writes, atomics, permutes and direct copies. It
+works in passes over its 64 banks, to which bank conflicts add (`LDS.passes`, taken from one wave of each group). A CU
+requests 64 bytes a cycle from its vector cache. HBM delivers 8 TB/s at 2.4 GHz. Work is spread evenly over as many of
+256 CUs as there are workgroups and as many of their 4 SIMDs as there are waves. Latency, cache capacity, issue limits
+and clocks under load are not modelled: the table says what bounds a kernel from below, not its time.
 """
 import re
 

@@ -1,7 +1,6 @@
 """Storage: the tensors of a launch, the LDS of a slice with its race shadow, the queues of outstanding operations."""
 import numpy as np
 
-from .decode import LANES
 from .isa import i32, i64, u8, u32
 
 
@@ -247,18 +246,20 @@ class LDS:
             self.copies[self.shadow(w, off, nbytes, lanes)[0]] -= 1
 
     @staticmethod
-    def conflict_cycles(addr, nbytes):
-        """Model: 64 banks of 4 bytes; a wave's lanes go in passes of 256 bytes; a bank asked for k different dwords in
-        a pass costs k - 1 extra passes of 2 cycles."""
+    def passes(addr, nbytes):
+        """Model: 64 banks of 4 bytes; a wave's lanes go in passes of at most 256 bytes; a bank asked for k different
+        dwords in a pass costs k - 1 extra ones. Returns (passes without conflicts, extra passes)."""
         lanes = {8: 32, 12: 16, 16: 16}.get(nbytes, 64)
         words = (addr[:, None] // 4 + np.arange(max(1, nbytes // 4))).reshape(64 // lanes, -1)
-        return 2 * sum(int(np.bincount(np.unique(p) % 64).max()) - 1 for p in words)
+        return len(words), sum(int(np.bincount(np.unique(p) % 64).max()) - 1 for p in words)
 
     def count(self, w, ins, addr, nbytes, lanes):
-        """LDS cycles, modelled on the group's first wave: 128 bytes a cycle plus bank conflicts."""
+        """LDS cycles, modelled on the group's first wave: a pass takes 1 reading and 2 writing (`counters`)."""
         a = addr[0] if lanes is None else np.where(lanes[0], addr[0], addr[0][int(lanes[0].argmax())])
         key = ins.pc, int(a[0]) % 256, (a - a[0]).tobytes()
         if key not in self.m.conflicts:
-            self.m.conflicts[key] = self.conflict_cycles(a, nbytes)
-        self.m.lds_cycles[ins.pc] += w.n * (max(1, len(LANES) * nbytes // 128) + self.m.conflicts[key])
-        self.m.conflict_cycles[ins.pc] += w.n * self.m.conflicts[key]
+            self.m.conflicts[key] = self.passes(a, nbytes)
+        passes, extra = self.m.conflicts[key]
+        cycles = w.n if ins.op.startswith("ds_read") else 2 * w.n
+        self.m.lds_cycles[ins.pc] += cycles * (passes + extra)
+        self.m.conflict_cycles[ins.pc] += cycles * extra
