@@ -1191,6 +1191,35 @@ def test_counters():
     assert "pipeline_kernel" in text and "*" in text and max(gfx950.resources(launch).values()) > 0
 
 
+@pytest.mark.parametrize("timing, schedule", QUICK)
+def test_trace(timing, schedule):
+    x, steps = torch.tensor([1, 6, 7, 9], dtype=torch.int32), [0, 8, 16, 19]
+    total = 0
+    for workgroup in range(4):  # of one wave each, so that the traces together are all that ran
+        with gfx950.emulate(timing, schedule, trace=workgroup) as gpu:
+            collatz_kernel[(4,)](x, torch.empty(4, dtype=torch.int32), num_warps=1)
+        (launch,) = gpu.launches
+        code, trace = launch.program.code, launch.trace
+        assert trace[0] == 0 and code[trace[-1]].op == "s_endpgm"
+        assert np.bincount(trace).max() in (steps[workgroup], steps[workgroup] + 1)  # the loop's test has one more
+        jumps = {(a, b) for a, b in itertools.pairwise(trace) if b != a + 1}
+        assert all(code[a].op.startswith(("s_branch", "s_cbranch")) for a, b in jumps)
+        total += np.bincount(trace, minlength=len(code))
+    assert np.array_equal(total, launch.counters.counts)
+
+    with gfx950.emulate(timing, schedule, trace=4) as gpu:
+        run_pipeline(3)  # 4 workgroups: 0 to 3
+        a, b, c = torch.ones(64, 320).bfloat16(), torch.ones(320, 320).bfloat16(), torch.empty(64, 320)
+        pipeline_kernel[(1, 5)](a, b, c, 64, 320, 320, 64, 64, 64, 3, 0)
+    small, large = gpu.launches
+    loop = large.counters.loop()
+    assert small.trace == [] and large.trace.count(loop["first"]) == large.trace.count(loop["last"]) == 320 // 64
+    assert np.array_equal(20 * np.bincount(large.trace, minlength=len(large.program.code)), large.counters.counts)
+    with gfx950.emulate(timing, schedule) as gpu:
+        run_pipeline(3)
+    assert gpu.launches[0].trace is None
+
+
 @triton.jit
 def strided_lds_kernel(x, out, STRIDE: tl.constexpr):
     i = tl.arange(0, 64)

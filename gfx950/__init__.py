@@ -37,6 +37,7 @@ class Launch:
     counters: object = None
     seconds: float = 0.0                             # of emulation, nothing to do with the hardware's time
     program: object = field(default=None, repr=False)
+    trace: list = field(default=None, repr=False)    # `emulate(trace=...)`: indices into program.code, as executed
 
 
 class Utils:
@@ -162,8 +163,8 @@ KERNARG = 1 << 50                                  # above every tensor
 
 
 class Session:
-    def __init__(self, timing, schedule, seed, execute):
-        self.timing, self.schedule, self.execute = timing, schedule, execute
+    def __init__(self, timing, schedule, seed, execute, trace=None):
+        self.timing, self.schedule, self.execute, self.trace = timing, schedule, execute, trace
         self.rng, self.launches = np.random.default_rng(seed), []
 
     def launch(self, launcher, grid, args):
@@ -180,10 +181,11 @@ class Session:
         kernarg = Span("kernel arguments", KERNARG, kernel_arguments(program, grid, launcher.num_warps, args, address))
         lists = [np.zeros(len(program.code), np.int64) for _ in range(3)]
         machine = Machine(program, [*spans, kernarg], KERNARG, grid, launcher.num_warps, launcher.shared, self.timing,
-                          self.schedule, self.rng, lists)
+                          self.schedule, self.rng, lists, self.trace)
         started = time.perf_counter()
         machine.run()
         launch.seconds = time.perf_counter() - started
+        launch.trace = None if self.trace is None else machine.trace
         launch.counters = Counters(program, *lists, spans, machine.peak_inflight, machine.unwritten_reads)
 
 
@@ -230,17 +232,19 @@ def activate(session):
 
 
 @contextmanager
-def emulate(timing="lazy", schedule="lockstep", seed=0):
+def emulate(timing="lazy", schedule="lockstep", seed=0, trace=None):
     """Inside the block every Triton kernel launched on CPU tensors is compiled for gfx950 and its assembly executed.
 
     timing: "lazy" (memory operations complete when a wait forces them), "eager" (at issue), "random" (in between).
-    schedule: "lockstep" (waves of a workgroup together), "skew" (one wave far ahead), "random". Raises GPUFault for
-    faults of the kernel and Unsupported for instructions the emulator does not know, both naming the Python line.
+    schedule: "lockstep" (waves of a workgroup together), "skew" (one wave far ahead), "random". trace: a workgroup,
+    counted along x, then y, then z: each launch then keeps the instruction numbers its wave 0 executed, in order, as
+    `launch.trace` (empty where the grid is smaller). Raises GPUFault for faults of the kernel and Unsupported for
+    instructions the emulator does not know, both naming the Python line.
     """
     for value, allowed in ((timing, ("lazy", "eager", "random")), (schedule, ("lockstep", "skew", "random"))):
         if value not in allowed:
             raise ValueError(f"{value!r} is none of {allowed}")
-    with activate(Session(timing, schedule, seed, execute=True)) as session, PoisonEmpty():
+    with activate(Session(timing, schedule, seed, execute=True, trace=trace)) as session, PoisonEmpty():
         yield session
 
 

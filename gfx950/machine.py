@@ -173,9 +173,11 @@ def prepare(program):
 
 class Machine:
     """Runs a program over a grid. spans: the tensors; kernarg: address of the kernel arguments; counters: three int64
-    arrays, an element per instruction, of wave-instructions, LDS cycles and bank-conflict cycles."""
+    arrays, an element per instruction, of wave-instructions, LDS cycles and bank-conflict cycles. traced: a workgroup,
+    the instruction numbers of whose first wave go to the list `trace`."""
 
-    def __init__(self, program, spans, kernarg, grid, num_warps, lds_size, timing, schedule, rng, counters):
+    def __init__(self, program, spans, kernarg, grid, num_warps, lds_size, timing, schedule, rng, counters,
+                 traced=None):
         self.program, self.code, self.timing, self.schedule, self.rng = program, program.code, timing, schedule, rng
         self.grid, self.num_warps, self.lds_size, self.spans, self.kernarg = grid, num_warps, lds_size, spans, kernarg
         d = program.directives
@@ -183,6 +185,7 @@ class Machine:
         self.registers = program.accum_offset + d.get("agpr_count", 0)
         self.counts, self.lds_cycles, self.conflict_cycles = counters
         self.peak_inflight, self.unwritten_reads, self.conflicts = 0, 0, {}
+        self.traced, self.trace = traced, []
         self.leader = int(rng.integers(num_warps))    # the wave that runs ahead under "skew"
 
     def run(self):
@@ -203,6 +206,8 @@ class Machine:
         self.waves, self.workgroups = n, workgroups
         self.group_of = np.repeat(np.arange(len(workgroups), dtype=i32), self.num_warps)
         self.wave_of = np.tile(np.arange(self.num_warps, dtype=i32), len(workgroups))
+        here = np.flatnonzero(workgroups == self.traced)
+        self.traced_wave = int(here[0]) * self.num_warps if len(here) else None
         self.vector = list(np.full((self.registers, n, 64), 0xFFFFFFFF, u32))
         self.scalar = list(np.full((128, n), 0xFFFFFFFF, u32))
         self.scc = np.zeros(n, bool)
@@ -270,9 +275,12 @@ class Machine:
         """Runs a group from pc for `budget` instructions or until it reaches `stop`, where others wait to be joined.
         `shared`: others could run; then backward jumps count, so that a loop that waits for the others lets them go."""
         code, counts, randomly = self.code, self.counts, self.timing == "random"
+        trace = self.trace if self.traced_wave is not None and w.member[self.traced_wave] else None
         for _ in range(budget):
             ins = code[pc]
             counts[pc] += w.n
+            if trace is not None:
+                trace.append(pc)
             if ins.regs & self.pending:
                 self.hazard(w, ins)
             try:
