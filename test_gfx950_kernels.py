@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra import libdevice
 
+import draw_loop
 import gfx950
 from gfx950.asm import parse_instruction
 from gfx950.machine import first_run
@@ -1218,6 +1220,37 @@ def test_trace(timing, schedule):
     with gfx950.emulate(timing, schedule) as gpu:
         run_pipeline(3)
     assert gpu.launches[0].trace is None
+
+
+def drawn_pipeline(K):
+    a, b, c = torch.ones(64, K).bfloat16(), torch.ones(64, K).bfloat16(), torch.empty(64, 64)
+    with gfx950.emulate(trace=0) as gpu:
+        pipeline_kernel[(1, 1)](a, b, c, 64, 64, K, 64, 64, 64, 3, 0)
+    return gpu.launches[0], draw_loop.draw(gpu.launches[0], "64 < 65")
+
+
+def test_draw_loop():
+    launch, svg = drawn_pipeline(320)
+    root = ElementTree.fromstring(svg)
+    width, height = float(root.get("width")), float(root.get("height"))
+    texts, boxes = ([e for e in root.iter() if e.tag.endswith(tag)] for tag in ("}text", "}rect"))
+    shown = [t.text for t in texts]
+    assert {"matrix", "LDS", "copy to LDS", "vector ALU", "scalar", "wait, barrier"} < set(shown)
+    assert "global memory" not in shown and "vmcnt(4) lgkmcnt(0)" in shown and any("64 < 65" in text for text in shown)
+    assert any("matrix 128," in text for text in shown)  # 8 MFMAs of 16 cycles an iteration
+    lefts = [float(b.get("x", 0)) for b in boxes]
+    assert all(x >= 0 and x + float(b.get("width")) <= width for x, b in zip(lefts, boxes, strict=True))
+    assert all(float(b.get("y", 0)) + float(b.get("height")) <= height for b in boxes)
+    spans = [(x, x + float(b.get("width"))) for x, b in zip(lefts, boxes, strict=True) if b.get("class") == "c0"]
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))  # one matrix pipe
+    tips = [b[0].text.split()[0] for b in boxes if len(b)]
+    loop = launch.counters.loop()
+    body = [ins.op for ins in launch.program.code[loop["first"]:loop["last"] + 1]]
+    for op in ("s_barrier", "s_waitcnt", "buffer_load_dwordx4"):  # all of two iterations
+        assert tips.count(op) == 2 * body.count(op) > 0
+    assert "test_gfx950_kernels.py:" in svg and str(Path.cwd()) not in svg  # names lines, not this machine's folders
+    with pytest.raises(SystemExit, match="enters pipeline_kernel's loop 3 times, 4 needed"):
+        drawn_pipeline(192)
 
 
 @triton.jit
