@@ -1391,12 +1391,16 @@ def test_lds_widths():
 def test_lds_cycles():
     """The model of `counters`: 256 bytes a cycle reading, 128 writing and copying, an extra pass for each conflict."""
     x = tensor(range(256))
-    cases = (  # stride of the lanes in bytes -> cycles in all, of them for conflicts
+    rows = IDS % 16 * 256 + (IDS // 16 ^ IDS % 16) * 16  # 16 rows of 256 bytes, 16-byte columns swizzled by the row
+    cases = (  # addresses of the lanes, or their stride in bytes -> cycles in all, of them for conflicts
         ("ds_read_b32 v0, v4", 4, 1, 0),
         ("ds_read_b64 v[0:1], v4", 8, 2, 0),
         ("ds_read_b128 v[0:3], v4", 16, 4, 0),
         ("ds_read_b128 v[0:3], v4", 32, 8, 4),  # 16 lanes a pass on every other 4 banks
         ("ds_read2_b32 v[0:1], v4 offset1:64", 4, 2, 0),
+        ("ds_read_b128 v[0:3], v4", rows, 4, 0),
+        ("ds_read_b128 v[0:3], v4", IDS % 16 * 272 + IDS // 16 * 16, 8, 4),  # passes cross the 16 lanes of a column
+        ("ds_write_b128 v4, v[8:11]", IDS % 16 * 272 + IDS // 16 * 16, 8, 0),
         ("ds_read_b32 v0, v4", 256, 64, 63),  # all in one bank
         ("ds_read_b32 v0, v4", 0, 1, 0),  # one dword for all
         ("ds_write_b32 v4, v8", 4, 2, 0),
@@ -1405,8 +1409,9 @@ def test_lds_cycles():
         ("ds_add_u32 v4, v8", 4, 2, 0),
         ("global_load_lds_dwordx4 v[14:15], off", 16, 8, 0),
     )
-    for text, stride, cycles, conflicts in cases:
-        v = {4: IDS * stride, 14: IDS * stride, 15: BASE >> 32}
+    for text, at, cycles, conflicts in cases:
+        at = IDS * at if isinstance(at, int) else at
+        v = {4: at, 14: at, 15: BASE >> 32}
         b = Bench(["s_mov_b32 m0, 0", text], v, spans=[x], lds=1 << 14, waves=3, schedule="lockstep", timing="eager")
         assert (b.m.lds_cycles.sum(), b.m.conflict_cycles.sum()) == (3 * cycles, 3 * conflicts), text
 

@@ -150,6 +150,11 @@ class Queue:
 # ---------------------------------------------------------------------------------------------- LDS
 
 
+# The lanes of the four passes of ds_read_b128 (the ROCm blog that `counters` names, "LDS Access: Bank Conflicts")
+HALVES = [*range(4), *range(12, 16), *range(20, 28)], [*range(4, 12), *range(16, 20), *range(28, 32)]
+READ_B128 = np.concatenate([np.array(half) + first for half in HALVES for first in (0, 32)])
+
+
 class LDS:
     """Local memory of the slice's workgroups as one span, and its shadow. The shadow keeps for each unit of bytes the
     last writer and reader as (barrier interval << 5 | wave + 1), which instructions those were, and how many direct
@@ -246,10 +251,12 @@ class LDS:
             self.copies[self.shadow(w, off, nbytes, lanes)[0]] -= 1
 
     @staticmethod
-    def passes(addr, nbytes):
-        """Model: 64 banks of 4 bytes; a wave's lanes go in passes of at most 256 bytes; a bank asked for k different
-        dwords in a pass costs k - 1 extra ones. Returns (passes without conflicts, extra passes)."""
+    def passes(addr, nbytes, op):
+        """Model: 64 banks of 4 bytes; a wave's lanes go in passes of at most 256 bytes, in order but for ds_read_b128;
+        a bank asked for k different dwords in a pass costs k - 1 extra ones. Returns (passes without conflicts, extra
+        passes)."""
         lanes = {8: 32, 12: 16, 16: 16}.get(nbytes, 64)
+        addr = addr[READ_B128] if op == "ds_read_b128" else addr
         words = (addr[:, None] // 4 + np.arange(max(1, nbytes // 4))).reshape(64 // lanes, -1)
         return len(words), sum(int(np.bincount(np.unique(p) % 64).max()) - 1 for p in words)
 
@@ -258,7 +265,7 @@ class LDS:
         a = addr[0] if lanes is None else np.where(lanes[0], addr[0], addr[0][int(lanes[0].argmax())])
         key = ins.pc, int(a[0]) % 256, (a - a[0]).tobytes()
         if key not in self.m.conflicts:
-            self.m.conflicts[key] = self.passes(a, nbytes)
+            self.m.conflicts[key] = self.passes(a, nbytes, ins.op)
         passes, extra = self.m.conflicts[key]
         cycles = w.n if ins.op.startswith("ds_read") else 2 * w.n
         self.m.lds_cycles[ins.pc] += cycles * (passes + extra)
