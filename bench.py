@@ -7,25 +7,27 @@
     python bench.py --profile                               where the time of a decode step goes, by operator
     python bench.py --kernels                               one MoE layer's gfx950 kernels, 1 to 8192 tokens
 
-A round submits `concurrency` distinct random prompts at once and takes --output greedy tokens of each, none of them a
-stop token. The first round of each system and concurrency is warm-up and left out. Times are taken when a token is on
-the host, which waits for the device. Of a request whose tokens came at t_0 .. t_(n-1) after its round began:
+A round submits `concurrency` distinct random prompts at once and takes --output greedy tokens of each, stop tokens
+included. The first round is warm-up and left out. A token's time is taken when it is on the host, which waits for the
+device. Of a request whose tokens come at t_0 .. t_(n-1), counted from the submission:
 
-    TTFT  t_0: it includes waiting for the prompts before it, which the engine prefills one by one
-    TPOT  (t_(n-1) - t_0) / (n - 1): it includes waiting for the prefill of the prompts behind it
-    step  a decode step: the median interval between two tokens of a request while all requests decode
+    TTFT  t_0: includes waiting for the prompts before it, which the engine prefills one by one
+    TPOT  (t_(n-1) - t_0) / (n - 1): includes waiting for the prefill of the prompts behind it
+    step  one decode step: the median interval between two tokens of a request while all requests decode
 
 Markdown tables go to stdout, progress and errors to stderr; exit 0, 1 (bad checkpoint, no memory), 2 (usage). --json
-prints one object instead: {"mode", "device", "versions", "settings", ...} and, times in ms unless named otherwise,
-    latency  "bandwidth": bytes/s, "rows": [{"system", "concurrency", "requests", "ttft", "ttft_p99", "tpot",
-             "tpot_p99", "step", "tokens_per_s", "step_bytes", "floor", "share"}], "pairs": [{"systems", "concurrency",
-             "measure", "ratio", "lowest", "highest"}]; the last three of a row are null for a peer
-    profile  "step", "rows": [{"operator", "calls", "us", "share"}], both of one step
-    kernels  "layers": [{"tokens", "active", "weight_bytes", "flop", "floor_us", ...}], "kernels": [one per launch]
+prints one object instead: {"mode", "device", "versions", "settings"} and, times in ms unless named otherwise,
+    latency  "bandwidth" (bytes/s), "rows": [{"system", "concurrency", "requests", "ttft", "ttft_p99", "tpot",
+             "tpot_p99", "step", "tokens_per_s", "step_bytes", "floor", "share"}], without the last three for a peer;
+             "pairs": [{"systems", "concurrency", "measure", "ratio", "lowest", "highest"}]
+    profile  "step", "rows": [{"operator", "calls", "us", "share"}]
+    kernels  "layers": [{"tokens", "active", "launches", "weight_bytes", "flop", "floor_us", ...}] and "kernels", a
+             launch each: the keys of LAYER_, PROFILE_ and COUNTER_COLUMNS
 """
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -38,6 +40,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import torch
 
@@ -149,7 +152,7 @@ def step_bytes(model: GPTOSS, tokens: int, context: int) -> float:
 
 def random_config(size: str) -> dict:
     """A config.json: of tiny/, or with the published constants of the 20b or the 120b."""
-    raw = weights.read_json(weights.Path(TINY) / "config.json")
+    raw = weights.read_json(Path(TINY) / "config.json")
     del raw["quantization_config"]
     if size == "tiny":
         return raw
@@ -243,16 +246,20 @@ def peer_footprint(peer: str, config: Config, dtype: torch.dtype, args) -> dict[
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes/s, read and written, of the best of several large copies on the device."""
-    size = 1 << 30 if device.type == "cuda" else 1 << 28
+    size, repeats, best = (1 << 29, 4, math.inf) if device.type == "cuda" else (1 << 28, 1, math.inf)
     source = torch.ones(size, dtype=torch.uint8, device=device)
-    target, best = torch.zeros_like(source), math.inf
+    target = torch.zeros_like(source)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for _ in range(20):
+    for _ in range(10):
         wait()
         start = time.perf_counter()
-        target.copy_(source)
+        for _ in range(repeats):
+            target.copy_(source)
         wait()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, (time.perf_counter() - start) / repeats)
+    del source, target
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the engine asks the device for what is free
     return 2 * size / best
 
 
@@ -266,12 +273,11 @@ class System:
     stream: Callable[[list[list[int]], int], Iterator[tuple[int, int]]]
     model: GPTOSS | None = None  # None: a peer
     most: int = sys.maxsize  # tokens of a request
-    threads: int | None = None
 
 
 # name -> the values it takes, or int: any positive number
 SETTINGS = {"moe": ("auto", "torch", "gluon"), "activations": ("auto", *gptoss.ACTIVATIONS), "dtype": tuple(DTYPES),
-            "page_size": int, "max_batch": int, "threads": int}
+            "page_size": int, "max_batch": int}
 
 
 def ab_setting(text: str) -> tuple[str, list]:
@@ -294,7 +300,7 @@ def find_model(checkpoint: str) -> tuple[dict, Config, str]:
     if checkpoint.startswith("random:"):
         raw = random_config(checkpoint.removeprefix("random:"))
         return raw, Config.from_dict(raw), "openai"
-    folder = weights.Path(checkpoint)
+    folder = Path(checkpoint)
     raw = weights.read_json(folder / "config.json")
     config = Config.from_dict(raw, str(folder / "config.json"))
     return raw, config, weights.decide_layout(folder, raw, weights.find_files(folder))
@@ -324,16 +330,15 @@ def build(args, device: torch.device) -> list[System]:
     del checkpoint
     systems = []
     for value, model in zip(values, models * (len(values) // len(models)), strict=True):
-        options = {name: value} if name in ("page_size", "max_batch") else {}
-        systems.append(System("gptoss" if name is None else f"{name}={value}", engine(model, options), model,
-                              threads=value if name == "threads" else None))
+        stream = model.stream if name is None or of_model else functools.partial(model.stream, **{name: value})
+        systems.append(System(f"{name}={value}" if name else "gptoss", stream, model))
     if args.peer:
-        systems.append(PEERS[args.peer](raw, config, layout, None if made else args.checkpoint, device, variants[0][0]))
+        folder = None if made else args.checkpoint
+        try:
+            systems.append(PEERS[args.peer](raw, config, layout, folder, device, variants[0][0]))
+        except ImportError as error:
+            raise ValueError(f"--peer {args.peer} cannot be imported: {error}") from error
     return systems
-
-
-def engine(model: GPTOSS, options: dict) -> Callable:
-    return lambda prompts, count: model.stream(prompts, count, **options)
 
 
 def randomise(module: torch.nn.Module) -> None:
@@ -345,10 +350,7 @@ def randomise(module: torch.nn.Module) -> None:
 def transformers_peer(raw: dict, config: Config, layout: str, folder: str | None, device, dtype) -> System:
     """Hugging Face transformers: the same checkpoint, its mxfp4 experts in `dtype`; or its own random weights. All
     prompts, of one length, are one batch."""
-    try:
-        from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
-    except ImportError as error:
-        raise ValueError(f"--peer transformers cannot be imported: {error}; install transformers") from error
+    from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
     if folder is None:
         with torch.device(device):
             model = GptOssForCausalLM._from_config(GptOssConfig(**raw), dtype=dtype)
@@ -373,10 +375,7 @@ def transformers_peer(raw: dict, config: Config, layout: str, folder: str | None
 def openai_peer(raw: dict, config: Config, layout: str, folder: str | None, device, dtype) -> System:
     """OpenAI's reference, gpt_oss.torch, in bf16. It has neither a KV cache nor batches: every token recomputes its
     sequence, and the sequences take turns."""
-    try:
-        from gpt_oss.torch.model import ModelConfig, Transformer
-    except ImportError as error:
-        raise ValueError(f"--peer openai cannot be imported: {error}; install gpt-oss") from error
+    from gpt_oss.torch.model import ModelConfig, Transformer
     if folder is None:
         renamed = {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok",
                    "rope_scaling_factor": "rope_factor", "rope_ntk_alpha": "rope_beta_slow",
@@ -408,20 +407,18 @@ PEERS = {"transformers": transformers_peer, "openai": openai_peer}
 
 def play(system: System, prompts: list[list[int]], count: int) -> list[list[float]]:
     """One round -> when each token of each prompt came, in seconds since the prompts were submitted."""
-    count, threads = min(count, system.most), torch.get_num_threads()
-    torch.set_num_threads(system.threads or threads)
-    times, start = [[] for _ in prompts], time.perf_counter()
+    count, times = min(count, system.most), [[] for _ in prompts]
+    start = time.perf_counter()
     for index, _ in system.stream(prompts, count):
         times[index].append(time.perf_counter() - start)
-    torch.set_num_threads(threads)
     assert {len(t) for t in times} == {count}, f"{system.name} did not give {count} tokens of every prompt"
     return times
 
 
 def latency(args, device: torch.device) -> dict:
     """The end-to-end mode: systems alternate within a round (A B, B A, ...); every round has new prompts."""
-    bandwidth = copy_bandwidth(device)
     systems = build(args, device)
+    bandwidth = copy_bandwidth(device)
     vocabulary, draw = systems[0].model.config.vocab_size, random.Random(args.seed)
     rows, pairs = [], []
     for concurrency in args.concurrency:
@@ -433,7 +430,6 @@ def latency(args, device: torch.device) -> dict:
                 played[system.name].append(play(system, prompts, args.output))
         for system in systems:
             row = {"system": system.name, "concurrency": concurrency} | summary(played[system.name][1:])
-            row |= dict.fromkeys(("step_bytes", "floor", "share"))
             if system.model:  # the cache grows from input to input + output tokens: its mean
                 size = step_bytes(system.model, concurrency, args.input + args.output // 2)
                 row |= {"step_bytes": size, "floor": 1e3 * size / bandwidth,
@@ -447,8 +443,6 @@ def latency(args, device: torch.device) -> dict:
                               "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)})
     note("")
     return {"mode": "latency", "bandwidth": bandwidth, "rows": rows, "pairs": pairs}
-
-
 
 
 def model_name(args) -> str:
@@ -489,7 +483,7 @@ def plot(rows: list[dict]) -> str:
     series = {}
     for row in rows:
         series.setdefault(f"{row['system']}: TPOT", []).append((row["concurrency"], row["tpot"]))
-        if row["floor"]:
+        if "floor" in row:
             series.setdefault(f"{row['system']}: bandwidth floor", []).append((row["concurrency"], row["floor"]))
     xs, ys = zip(*itertools.chain(*series.values()), strict=True)
     low = math.floor(math.log10(min(ys)))
@@ -560,10 +554,9 @@ OPERATOR_COLUMNS = [("operator", "operator", ""), ("calls a step", "calls", "g")
 def profile_text(result: dict, args) -> str:
     shown, rest = result["rows"][:PROFILE_ROWS], result["rows"][PROFILE_ROWS:]
     others = {"operator": f"{len(rest)} others"} | {key: sum(row[key] for row in rest) for key in ("us", "share")}
-    return "\n\n".join([f"{model_name(args)}; {result['device']}; a decode step of one sequence after {args.input} tokens: "
-                        f"{result['step']:.2f} ms", table(OPERATOR_COLUMNS, shown + [others] * bool(rest)),
+    return "\n\n".join([f"{model_name(args)}; {result['device']}; a decode step of one sequence after {args.input} "
+                        f"tokens: {result['step']:.2f} ms", table(OPERATOR_COLUMNS, shown + [others] * bool(rest)),
                         "The three biggest: " + ", ".join(f"{r['operator']} {r['share']:.0%}" for r in shown[:3])])
-
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -613,8 +606,8 @@ def launchers(moe_gluon, inputs: tuple, packed, top_k: int) -> Iterator[tuple[st
     yield "combine", lambda: call("combine", *made["dispatch_swiglu"], made["gating_gemm"], packed)
 
 
-def launched(moe_gluon, gpu, inputs, packed, top_k: int) -> list[tuple[str, object]]:
-    """Runs a layer -> (launcher, what it launched)."""
+def launched(moe_gluon, gpu, inputs: tuple, packed, top_k: int) -> list[tuple[str, object]]:
+    """Runs a layer -> what it launched: (launcher, launch)."""
     pairs = []
     for name, call in launchers(moe_gluon, inputs, packed, top_k):
         before = len(gpu.launches)
@@ -667,20 +660,19 @@ def replay_us(calls: list[Callable], repeats: int = 20) -> float:
     return 1e3 * start.elapsed_time(end) / repeats / len(calls)
 
 
-def derived(layer: dict) -> dict:
-    """The ratios that a layer's figures make."""
-    more = {"weight_mb": layer["weight_bytes"] / 1e6, "gflop": layer["flop"] / 1e9}
-    if us := layer.get("us"):
-        more |= {"tb_s": layer["weight_bytes"] / us / 1e6, "tflop_s": layer["flop"] / us / 1e6,
-                 "of_floor": us / layer["floor_us"]}
-    if "weights_read" in layer:
-        more |= {f"{what}_ratio": layer[f"{what}_read"] / layer["weight_bytes"] for what in ("weights", "others")}
-    return more
+def layer_times(moe_gluon, config: Config, tokens: int, active: int, packed, device) -> dict:
+    """us of a layer on a gfx950. Every call meets other experts until all had their turn: none comes from a cache."""
+    turns = [pinned(config, tokens, active, first, device) for first in range(0, config.num_local_experts, active)]
+    calls = {"moe": [lambda turn=turn: moe_gluon.moe(*turn, packed, config.num_experts_per_tok) for turn in turns]}
+    for turn in turns:
+        for name, call in launchers(moe_gluon, turn, packed, config.num_experts_per_tok):
+            call()
+            calls.setdefault(name, []).append(call)
+    return {f"{name}_us": replay_us(these) for name, these in calls.items()}
 
 
 def kernels(args, device: torch.device) -> dict:
-    """The kernels mode: profiles from compiling, on the meta device, and then either time, on a gfx950, or counters, in
-    the emulator."""
+    """Profiles from compiling, on the meta device; then times on a gfx950, or else counters of the emulator."""
     try:
         import gfx950
         import moe_gluon
@@ -701,47 +693,40 @@ def kernels(args, device: torch.device) -> dict:
     packed = prepared(device)
     weight_sizes = {nbytes(t) for w in (packed.gate_up, packed.down) for t in (w.data, w.scale) if t is not None}
     for tokens in BATCHES:
+        note(f"{tokens} tokens")
         active = active_experts(config, tokens)
         layer = {"tokens": tokens, "active": active} | layer_floor(config, args.activations, tokens, active)
-        note(f"{tokens} tokens")
-        with gfx950.compile_only() as gpu:
-            inputs = [t.to("meta") for t in pinned(config, tokens, active, 0, "meta")]
-            new = [compiled_row(moe_gluon, launcher, launch, meta, tokens, top_k)
-                   for launcher, launch in launched(moe_gluon, gpu, inputs, meta, top_k)]
-        layer["launches"] = len(new)
+        least, flop = layer["weight_bytes"], layer["flop"]
+        layer |= {"weight_mb": least / 1e6, "gflop": flop / 1e9}
         if args.model == "120b" and tokens in PUBLISHED_US:
             layer["published_us"] = PUBLISHED_US[tokens]
+        with gfx950.compile_only() as gpu:
+            new = [compiled_row(moe_gluon, launcher, launch, meta, tokens, top_k) for launcher, launch in
+                   launched(moe_gluon, gpu, pinned(config, tokens, active, 0, "meta"), meta, top_k)]
+        layer["launches"] = len(new)
         if on_gfx950:
-            # other experts in every call, until all had their turn: none comes from a cache
-            starts = range(0, config.num_local_experts, active)
-            turns = [pinned(config, tokens, active, first, device) for first in starts]
-            layer["us"] = replay_us([lambda i=i: moe_gluon.moe(*i, packed, top_k, args.activations) for i in turns])
-            parts = {}
-            for turn in turns:
-                for name, call in launchers(moe_gluon, turn, packed, top_k):
-                    call()
-                    parts.setdefault(name, []).append(call)
-            layer |= {f"{name}_us": replay_us(calls) for name, calls in parts.items()}
+            layer |= layer_times(moe_gluon, config, tokens, active, packed, device)
+            us = layer["moe_us"]
+            layer |= {"tb_s": least / us / 1e6, "tflop_s": flop / us / 1e6, "of_floor": us / layer["floor_us"]}
         elif tokens <= EMULATED:
             with gfx950.emulate() as gpu:
-                inputs = pinned(config, tokens, active, 0, device)
-                counted = [counted_row(gfx950, launch, weight_sizes)
-                           for _, launch in launched(moe_gluon, gpu, inputs, packed, top_k)]
+                counted = [counted_row(gfx950, launch, weight_sizes) for _, launch in
+                           launched(moe_gluon, gpu, pinned(config, tokens, active, 0, device), packed, top_k)]
             new = [row | count for row, count in zip(new, counted, strict=True)]
-            layer |= {key: sum(row[key] for row in counted) for key in
-                      ("weights_read", "others_read", "wave_instructions", "emulated_s", "model_us")}
-        layers.append(layer | derived(layer))
+            layer |= {"weights_ratio": sum(row["weights_read"] for row in counted) / least,
+                      "others_ratio": sum(row["others_read"] for row in counted) / least,
+                      "model_us": sum(row["model_us"] for row in counted)}
+        layers.append(layer)
         rows += new
     note("")
-    return {"mode": "kernels", "layers": layers, "kernels": rows}
-
+    return {"mode": "kernels", "device": device_name(device), "layers": layers, "kernels": rows}
 
 
 LAYER_COLUMNS = [
     ("tokens", "tokens", "d"), ("active experts, pinned", "active", "d"), ("launches, counted", "launches", "d"),
     ("least weight MB, counted", "weight_mb", ",.1f"), ("least GFLOP, counted", "gflop", ",.1f"),
     ("MI355 floor us, modelled", "floor_us", ".1f"), ("TokenSpeed us, measured by it", "published_us", "g"),
-    ("us, measured", "us", ".1f"), ("gating us, measured", "gating_gemm_us", ".1f"),
+    ("us, measured", "moe_us", ".1f"), ("gating us, measured", "gating_gemm_us", ".1f"),
     ("dispatch us, measured", "dispatch_swiglu_us", ".1f"), ("combine us, measured", "combine_us", ".1f"),
     ("TB/s, measured", "tb_s", ".2f"), ("TFLOP/s, measured", "tflop_s", ",.1f"),
     ("/ floor, measured", "of_floor", ".2f"),
@@ -749,7 +734,7 @@ LAYER_COLUMNS = [
     ("all else requested / least, counted", "others_ratio", ".2f"),
     ("busiest resources us, modelled", "model_us", ".1f")]
 PROFILE_COLUMNS = [
-    ("kernel", "kernel", ""), ("tokens", "tokens", ""), ("tile", "tile", ""), ("waves", "waves", "d"),
+    ("kernel", "kernel", ""), ("tokens", "tokens", ""), ("tile", "tile", ""), ("waves a workgroup", "waves", "d"),
     ("workgroups, counted", "workgroups", ""), ("VGPR, counted", "vgprs", "d"), ("AGPR, counted", "agprs", "d"),
     ("SGPR, counted", "sgprs", "d"), ("VGPR spills, counted", "vgpr_spills", "d"),
     ("SGPR spills, counted", "sgpr_spills", "d"), ("scratch B, counted", "scratch", "d"),
@@ -778,7 +763,6 @@ def kernels_text(result: dict, args) -> str:
     return "\n\n".join(text)
 
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -799,7 +783,7 @@ def several(text: str) -> list[int]:
 
 def checkpoint(text: str) -> str:
     if text.startswith("random:") and text.removeprefix("random:") not in (*SIZES, "tiny"):
-        raise argparse.ArgumentTypeError(f"{text!r}: random: takes {', '.join(SIZES)} or tiny")
+        raise argparse.ArgumentTypeError(f"{text!r}: random: takes {', '.join(SIZES)}, tiny")
     return text
 
 
@@ -852,6 +836,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{mode} does not take --{unused[0]}")
     if args.ab and args.peer:
         parser.error("--ab and --peer each compare two systems: give one")
+    if args.ab and args.ab[0] in given:
+        parser.error(f"--ab {args.ab[0]} and --{args.ab[0]}: give one")
     if args.output == 1:
         parser.error("--output 1 leaves nothing to time after the first token")
     name = args.device or ("cuda" if torch.cuda.is_available() and (args.checkpoint or args.kernels) else "cpu")
@@ -862,17 +848,15 @@ def main(argv: list[str] | None = None) -> int:
     vars(args).update({key: value for key, value in DEFAULTS.items() if getattr(args, key) is None})
     try:
         device = find_device(name)
-        result = run(args, device)
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        result = {"device": device_name(device), "versions": versions, "settings": vars(args)} | run(args, device)
+        print(json.dumps(result) if args.json else text(result, args))
         if args.plot:
-            with open(args.plot, "w") as file:
-                file.write(plot(result["rows"]))
+            Path(args.plot).write_text(plot(result["rows"]))
     except (CheckpointError, ValueError, OSError, torch.OutOfMemoryError) as error:
         note("")
         print(f"bench: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    result |= {"device": device_name(device), "versions": versions, "settings": vars(args)}
-    print(json.dumps(result) if args.json else text(result, args))
     return 0
 
 
