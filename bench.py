@@ -13,7 +13,8 @@ device. Of a request whose tokens come at t_0 .. t_(n-1), counted from the submi
 
     TTFT  t_0: includes waiting for the prompts before it, which the engine prefills one by one
     TPOT  (t_(n-1) - t_0) / (n - 1): includes waiting for the prefill of the prompts behind it
-    step  one decode step: the median interval between two tokens of a request while all requests decode
+    step  one decode step: the median interval between two tokens of a request while all requests decode, which
+          they never do where --ab max_batch keeps them apart
 
 Markdown tables go to stdout, progress and errors to stderr; exit 0, 1 (bad checkpoint, no memory), 2 (usage). --json
 prints one object instead: {"mode", "device", "versions", "settings"} and, times in ms unless named otherwise,
@@ -112,9 +113,10 @@ def summary(rounds: list[list[list[float]]]) -> dict:
     requests = [times for requests in rounds for times in requests]
     first, rest = [1e3 * times[0] for times in requests], [1e3 * tpot(times) for times in requests]
     speed = [sum(map(len, requests)) / max(times[-1] for times in requests) for requests in rounds]
+    gaps = [gap for requests in rounds for gap in steps(requests)]  # none if they never decoded all together
     return {"requests": len(requests), "ttft": statistics.median(first), "ttft_p99": percentile(first, 99),
             "tpot": statistics.median(rest), "tpot_p99": percentile(rest, 99),
-            "step": 1e3 * statistics.median(gap for requests in rounds for gap in steps(requests)),
+            "step": 1e3 * statistics.median(gaps) if gaps else None,
             "tokens_per_s": statistics.median(speed)}
 
 
@@ -430,14 +432,14 @@ def latency(args, device: torch.device) -> dict:
                 played[system.name].append(play(system, prompts, args.output))
         for system in systems:
             row = {"system": system.name, "concurrency": concurrency} | summary(played[system.name][1:])
-            if system.model:  # the cache grows from input to input + output tokens: its mean
+            if system.model and row["step"]:  # the cache grows from input to input + output tokens: its mean
                 size = step_bytes(system.model, concurrency, args.input + args.output // 2)
                 row |= {"step_bytes": size, "floor": 1e3 * size / bandwidth,
                         "share": size / bandwidth / (row["step"] / 1e3)}
             rows.append(row)
         if len(systems) == 2:
             a, b = ([summary([requests]) for requests in played[system.name][1:]] for system in systems)
-            for measure in ("ttft", "tpot", "step"):
+            for measure in ("ttft", "tpot", "step") if a[0]["step"] and b[0]["step"] else ("ttft", "tpot"):
                 ratios = [right[measure] / left[measure] for left, right in zip(a, b, strict=True)]
                 pairs.append({"systems": [s.name for s in systems], "concurrency": concurrency, "measure": measure,
                               "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)})

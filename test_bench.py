@@ -199,6 +199,15 @@ def test_random_weights_and_ab(capsys):
     assert all(0 < pair["lowest"] <= pair["ratio"] <= pair["highest"] for pair in result["pairs"])
 
 
+def test_requests_that_never_decode_together_have_no_step(capsys):
+    result = run([*FEW, "--concurrency", "2", "--ab", "max_batch=1,2"], capsys)
+    apart, together = result["rows"]
+    assert apart["step"] is None and "share" not in apart and together["share"] > 0
+    assert [pair["measure"] for pair in result["pairs"]] == ["ttft", "tpot"]
+    assert bench.main([*FEW, "--concurrency", "2", "--ab", "max_batch=1,2"]) == 0
+    assert "| max_batch=1 | 2 | 4 |" in capsys.readouterr().out
+
+
 def test_systems_alternate_with_the_same_prompts(monkeypatch):
     played, model = [], on_meta("tiny")
 
