@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -62,7 +63,7 @@ MI355_FLOPS = {"bf16": 2.5e15, "fp8": 5.0e15, "mxfp8": 5.0e15, "mxfp4": 10.1e15}
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 512, 1024, 4096, 8192)  # tokens of a layer
 EMULATED = 16  # the largest of them that is emulated
 # TokenSpeed's README (https://github.com/lightseekorg/tokenspeed, read off its plot): us of a 120b layer with fp8
-# activations on one MI355X, the best public figures, and how many experts its tokens met
+# activations through its Gluon kernels on one MI355X, and how many experts its tokens met
 PUBLISHED_US = {1: 25.9, 2: 33.4, 4: 50.8, 8: 102, 16: 160, 512: 376, 1024: 424, 2048: 598, 4096: 821, 8192: 1373}
 PUBLISHED_ACTIVE = {1: 4, 2: 8, 4: 15, 8: 31, 16: 53}
 
@@ -323,6 +324,10 @@ def build(args, device: torch.device) -> list[System]:
         for part, size in footprint(config, layout, dtype, kernels, made, args).items():
             parts[part] = parts.get(part, 0) + size
     if args.peer:
+        try:
+            importlib.import_module(PEERS[args.peer][0])
+        except ImportError as error:
+            raise ValueError(f"--peer {args.peer} cannot be imported: {error}") from error
         parts |= peer_footprint(args.peer, config, variants[0][0], args)
     check_fit(args.checkpoint, device, parts)
 
@@ -336,10 +341,7 @@ def build(args, device: torch.device) -> list[System]:
         systems.append(System(f"{name}={value}" if name else "gptoss", stream, model))
     if args.peer:
         folder = None if made else args.checkpoint
-        try:
-            systems.append(PEERS[args.peer](raw, config, layout, folder, device, variants[0][0]))
-        except ImportError as error:
-            raise ValueError(f"--peer {args.peer} cannot be imported: {error}") from error
+        systems.append(PEERS[args.peer][1](raw, config, layout, folder, device, variants[0][0]))
     return systems
 
 
@@ -401,7 +403,7 @@ def openai_peer(raw: dict, config: Config, layout: str, folder: str | None, devi
     return System(f"openai, {OPENAI_TOKENS} tokens", stream, most=OPENAI_TOKENS)
 
 
-PEERS = {"transformers": transformers_peer, "openai": openai_peer}
+PEERS = {"transformers": ("transformers", transformers_peer), "openai": ("gpt_oss.torch.model", openai_peer)}
 
 
 # ---------------------------------------------------------------------------------------------------------------

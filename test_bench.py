@@ -142,6 +142,7 @@ def test_what_does_not_fit_is_said_before_anything_is_loaded(peer, capsys, monke
     real, devices = torch.empty, []
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(bench, "free_bytes", lambda device: 60_000_000_000)
+    monkeypatch.setattr(bench.importlib, "import_module", lambda name: None)
     monkeypatch.setattr(torch, "empty", lambda *a, **k: devices.append(str(k.get("device"))) or real(*a, **k))
     argv = ["--checkpoint", "random:120b", "--device", "cpu", "--dtype", "bfloat16"]
     assert bench.main(argv + (["--peer", peer] if peer else [])) == 1
