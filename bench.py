@@ -253,7 +253,7 @@ def copy_bandwidth(device: torch.device) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for _ in range(10):
+    for _ in range(30):
         wait()
         start = time.perf_counter()
         for _ in range(repeats):
