@@ -613,6 +613,37 @@ def test_eight_prompts_at_once_equal_each_alone(tiny):
     assert "59" in answers[5] and "Tokyo" in answers[6] and "83" in answers[7]
 
 
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees")
+
+
+@on_gpu
+@pytest.mark.parametrize("layout, activations", [("hf-mxfp4", "bf16"), ("openai", "mxfp8"), ("hf-mxfp4", "mxfp4"),
+                                                 ("quark", "fp8"), ("hf-bf16", "bf16")])
+def test_a_gpu_gives_the_cpus_logits(tmp_path, layout, activations):
+    path, tokens = make(tmp_path, layout), prompt_of(60)
+    want = GPTOSS.from_pretrained(path, activations=activations).logits(tokens)
+    found = GPTOSS.from_pretrained(path, "cuda", torch.float32, activations=activations).logits(tokens).cpu()
+    # float32 sums in another order; where that tips a quantised activation, by a rounding of it
+    assert relative(found, want) < (1e-4 if activations == "bf16" else 2e-2)
+
+
+@on_gpu
+def test_a_gpu_in_bfloat16_is_near_float32(tmp_path):
+    path, tokens = make(tmp_path, num_hidden_layers=2), prompt_of(60)
+    low = GPTOSS.from_pretrained(path, "cuda", torch.bfloat16).logits(tokens).cpu()
+    assert relative(low, GPTOSS.from_pretrained(path).logits(tokens)) < 0.1  # as on a CPU, above
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gives_the_cpus_tokens(tiny, dtype):
+    model, tokenizer = tiny
+    prompts = [gptoss.chat_tokens(tokenizer, [("user", q)], "2026-01-31", "medium") for q in QUESTIONS]
+    stop = [tokenizer.encode_single_token("<|return|>")]
+    gpu = GPTOSS.from_pretrained(TINY, "cuda", dtype)
+    assert gpu.generate(prompts, 96, stop_tokens=stop) == model.generate(prompts, 96, stop_tokens=stop)
+
+
 def test_tiny_uses_every_feature_of_the_architecture(tiny):
     checkpoint = weights.load(TINY)
     c = checkpoint.config
