@@ -70,16 +70,17 @@ class Counters:
         "waits"}, or None for a kernel that never jumped back.
         """
         code, counts = self.program.code, self.counts
-        loops = [(self.program.labels[ins.operands[0].value], pc) for pc, ins in enumerate(code)
-                 if ins.op.startswith(("s_branch", "s_cbranch")) and counts[pc]]
-        loops = [(first, last) for first, last in loops if first <= last]
+        backwards = [(self.program.labels[ins.operands[0].value], pc) for pc, ins in enumerate(code)
+                     if ins.op.startswith(("s_branch", "s_cbranch")) and counts[pc]]
+        # a loop may jump back from several places to its first instruction
+        loops = list({first: (first, last) for first, last in sorted(backwards) if first <= last}.values())
         inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
         if not inner:
             return None
         first, last = max(inner, key=lambda loop: counts[loop[0]:loop[1] + 1].sum())
-        instructions, cycles = self.total(first, last + 1, int(counts[last]))
+        instructions, cycles = self.total(first, last + 1, int(counts[first]))
         waits = [ins.text for ins in code[first:last + 1] if ins.op == "s_waitcnt"]
-        return {"first": first, "last": last, "iterations": int(counts[last]), "instructions": instructions,
+        return {"first": first, "last": last, "iterations": int(counts[first]), "instructions": instructions,
                 "cycles": cycles, "waits": waits}
 
 
