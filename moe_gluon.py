@@ -1,19 +1,23 @@
-"""The mixture-of-experts layer of GPT-OSS in Gluon, for AMD gfx950 (CDNA4): routing and the decode kernels.
+"""The mixture-of-experts layer of GPT-OSS in Gluon, for AMD gfx950 (CDNA4): routing, decode and prefill kernels.
 
     packed = prepare(experts, "mxfp8")                               # once, at load
     y = moe(x, router_weight, router_bias, packed, top_k, "mxfp8")   # [T, H] -> [T, H]
 
-A layer of at most 16 tokens is three launches:
+Decode, a layer of at most 16 tokens, is three launches:
 
     route       router GEMM, top-k, softmax, list of the active experts; other workgroups quantise x meanwhile
     dispatch    gather rows, first GEMM, bias, SwiGLU, quantise        a workgroup: one expert, 64 columns, all of K
     combine     second GEMM, bias, gate weight, sum over the slots     a workgroup: every active expert, 8 columns
 
-Decode is bound by the bytes of the active experts' weights, so everything serves one purpose: ask for each byte once,
+It is bound by the bytes of the active experts' weights, so everything serves one purpose: ask for each byte once,
 early, and for nothing else. Weights go from memory straight into the registers of the matrix instruction's operand: no
 LDS, no barrier and no copy engine in between. The waves of a workgroup split K; a wave asks for most or all of its
-share before it multiplies any of it; partial sums meet in LDS at the end, in a fixed order. So results are the same in
-every run, and a token's do not depend on the batch it is in, while that stays at 16 tokens or below (decode) or above.
+share before it multiplies any of it; partial sums meet in LDS at the end, in a fixed order.
+
+Prefill, all above, is six: route, select (top-k), sort (rows by expert), dispatch, combine, sum. It is bound by matrix
+instructions wherever an expert has some hundred rows: dispatch and combine are sliceMN, below, whose matrix
+instructions hide everything else. It reads the same packed weights. Results are the same in every run, and a token's do
+not depend on the batch it is in, while that stays at 16 tokens or below, or above.
 
 Number formats are OCP MX v1.0 (https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf),
 operand layouts the CDNA4 ISA's (https://www.amd.com/en/developer/resources/technical-articles.html). Letters:
@@ -28,20 +32,26 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
+from triton.language.extra import libdevice
 
 cdna4 = gl.amd.cdna4
+# triton 3.9 renamed it
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 XCDS = gl.constexpr(8)  # chiplets of 32 compute units, each with its own L2, which take workgroups in turn
 MFMA = gl.constexpr(16)  # rows and columns of the matrix instructions used here
 STEP = gl.constexpr(128)  # K a wave takes in a step: one v_mfma_scale_f32_16x16x128 or four v_mfma_f32_16x16x32_bf16
 GROUP = gl.constexpr(32)  # values of K that share an E8M0 scale
-SCALE_COLUMNS = gl.constexpr(64)  # weight columns whose scales lie together: a dword a lane serves four MFMA tiles
+BLOCK = gl.constexpr(64)  # weight columns dealt among four MFMA tiles, whose scales are a dword a lane
 SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+LOG2_E = gl.constexpr(1.4426950408889634)
+TALL = gl.constexpr(4)  # tiles of 128 rows, 1.5 MB of 8-bit activations at K = 2880: less than half of an L2
 DECODE_TOKENS = 16  # the largest decode batch: one 16-row tile holds whatever an expert gets of it
 
 
@@ -85,14 +95,18 @@ def is_supported() -> bool:
 # K needs no padding: 2880 is 22.5 steps of 128, and the lanes of the missing half are switched off. bf16 is the same
 # with 32 K a v_mfma_f32_16x16x32_bf16: [N/16, K/32, 4, 16, 8 values], lane L: column L % 16, K = 8 * (L // 16) .. + 7.
 #
-# Scales are [N/64, K/32, 16, 4]: the dword of (K group, n) holds the scales of columns n, n + 16, n + 32 and n + 48,
-# the four tiles of a 64-column workgroup; the instruction picks its byte by op_sel.
+# Columns are dealt within blocks of 64: n above is a position, and position 16 t + 4 g + i of a block is its column
+# 16 g + 4 t + i (`column_of`). A lane gets four columns of the product from each of a block's four tiles t; dealt so,
+# they are 16 consecutive ones, which it stores at once. N is padded to blocks of 64 (2880 and 5760 are 45 and 90).
+#
+# Scales are [N/64, K/32, 16, 4]: the dword of (K group, n) holds the scales of positions n, n + 16, n + 32 and n + 48,
+# the four tiles of a block; the instruction picks its byte by op_sel.
 
 @dataclass
 class PackedWeight:
-    """A GEMM's weights of all experts as the kernels read them. Only the scales' columns are padded: to 64, by 127."""
+    """A GEMM's weights of all experts as the kernels read them, N padded to blocks of 64 by zeros."""
     data: torch.Tensor  # uint8 [E, N/16, K/32, 16, 16] or bf16 [E, N/16, K/32, 4, 16, 8]
-    scale: torch.Tensor | None  # uint8 [E, ceil(N/64), K/32, 16, 4]
+    scale: torch.Tensor | None  # uint8 [E, N/64, K/32, 16, 4]
     bias: torch.Tensor  # float32 [E, N]
     input_scale: float  # of static fp8 activations; 1 for all others
     N: int
@@ -100,11 +114,13 @@ class PackedWeight:
 
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As in the checkpoint: weight uint8 [E, N, K/2] or bf16 [E, N, K], scale uint8 [E, N, K/32]."""
-        E, N = len(self.data), self.N
-        if self.scale is None:
-            return self.data.permute(0, 1, 4, 2, 3, 5).reshape(E, N, self.K), None
-        scale = self.scale.permute(0, 1, 4, 3, 2).reshape(E, -1, self.K // GROUP.value)
-        return self.data.permute(0, 1, 3, 2, 4).reshape(E, N, self.K // 2), scale[:, :N]
+        E, groups, N = len(self.data), self.K // GROUP.value, self.N
+        if self.scale is None:  # [E, N/64, t, K/32, 4, g, i, 8] -> [E, N/64, g, t, i, K/32, 4, 8]
+            weight = self.data.view(E, -1, 4, groups, 4, 4, 4, 8).permute(0, 1, 5, 2, 6, 3, 4, 7)
+            return weight.reshape(E, -1, self.K)[:, :N], None
+        weight = self.data.view(E, -1, 4, groups, 4, 4, 16).permute(0, 1, 4, 2, 5, 3, 6)
+        scale = self.scale.view(E, -1, groups, 4, 4, 4).permute(0, 1, 3, 5, 4, 2)  # from [.., K/32, g, i, t]
+        return weight.reshape(E, -1, self.K // 2)[:, :N], scale.reshape(E, -1, groups)[:, :N]
 
 
 @dataclass
@@ -144,15 +160,18 @@ def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
     if N % GROUP.value or K % GROUP.value:
         raise ValueError(f"an expert weight of {N} x {K}: both sizes must be multiples of {GROUP.value}")
     groups = K // GROUP.value
+
+    def blocks(rows):  # [E, N, *] -> [E, N/64, g, t, i, *]
+        padding = [rows.new_zeros(E, -N % BLOCK.value, *rows.shape[2:])] if N % BLOCK.value else []
+        return torch.cat([rows, *padding], 1).view(E, -1, 4, 4, 4, *rows.shape[2:])
+
     lanes = weight.contiguous().view(torch.complex128)  # what a lane reads, 16 bytes, moved as one element
     if scale is None:
-        data = lanes.view(E, N // 16, 16, groups, 4).permute(0, 1, 3, 4, 2).contiguous()
-        data = data.view(weight.dtype).view(E, N // 16, groups, 4, 16, 8)
+        data = blocks(lanes.view(E, N, groups, 4)).permute(0, 1, 3, 5, 6, 2, 4).contiguous()
+        data = data.view(weight.dtype).view(E, -1, groups, 4, 16, 8)
     else:
-        data = lanes.view(E, N // 16, 16, groups).transpose(2, 3).contiguous()
-        data = data.view(weight.dtype).view(E, N // 16, groups, 16, 16)
-        padding = scale.new_full((E, -N % SCALE_COLUMNS.value, groups), 127)
-        scale = torch.cat([scale, padding], 1).view(E, -1, 4, 16, groups).permute(0, 1, 4, 3, 2).contiguous()
+        data = blocks(lanes).permute(0, 1, 3, 5, 2, 4).contiguous().view(weight.dtype).view(E, -1, groups, 16, 16)
+        scale = blocks(scale).permute(0, 1, 5, 2, 4, 3).contiguous().view(E, -1, groups, 16, 4)
     return PackedWeight(data, scale, bias.float().contiguous(), float(input_scale), N, K)
 
 
@@ -161,17 +180,10 @@ def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
 # of it, so that waves work on different K while the program reads as one.
 
 @dataclass(frozen=True)
-class Gemm:
-    """A workgroup computes BM rows by BN columns, of which COLUMNS exist, of x [*, K] @ w [N, K].T. In a step of K,
-    wave w takes K = 128 * (step * WAVES + w) .. + 127; AHEAD steps are requested before the first is multiplied (by
-    `combine` in decode: all steps of AHEAD experts)."""
+class Shape:
+    """x [*, K] @ w [N, K].T, in which formats. Sizes and layouts are properties of a Gluon constexpr."""
     K: int
     N: int
-    BM: int
-    BN: int
-    COLUMNS: int
-    WAVES: int
-    AHEAD: int
     X: str  # element of the activations
     MX: bool  # whether they have E8M0 scales
     W: str  # element of the weights: "bf16" | "e2m1"
@@ -181,8 +193,16 @@ class Gemm:
         return f"{self} {SOURCE}"
 
     @property
-    def steps(self):
-        return -(-self.K // (STEP.value * self.WAVES))
+    def STATIC(self):  # whether the activations have one float32 scale
+        return self.X in ("e4m3", "e5m2") and not self.MX
+
+    @property
+    def padded(self):  # columns of the packed weights
+        return -(-self.N // BLOCK.value) * BLOCK.value
+
+    @property
+    def scale_row(self):  # bytes of a row of activation scales
+        return scale_bytes(self.K)
 
     @property
     def x_values(self):  # a stored element of x holds
@@ -195,6 +215,22 @@ class Gemm:
     @property
     def w_lane(self):  # elements of w in the 16 bytes that a lane reads at once
         return 16 if self.W == "e2m1" else 8
+
+
+@dataclass(frozen=True)
+class Gemm(Shape):
+    """Decode. A workgroup computes BM rows by BN columns, of which COLUMNS exist. In a step of K, wave w takes
+    K = 128 * (step * WAVES + w) .. + 127; AHEAD steps are requested before the first is multiplied (by `combine`: all
+    steps of AHEAD experts)."""
+    BM: int
+    BN: int
+    COLUMNS: int
+    WAVES: int
+    AHEAD: int
+
+    @property
+    def steps(self):
+        return -(-self.K // (STEP.value * self.WAVES))
 
     @property
     def acc(self):
@@ -251,6 +287,12 @@ class Gemm:
 
 
 @gluon.constexpr_function
+def scale_bytes(K):
+    """Bytes of a row of activation scales: whole steps of 128 K, so that the scales of a step are an aligned dword."""
+    return -(-K // STEP.value) * 4
+
+
+@gluon.constexpr_function
 def only(axis, layout, rank):
     """The 1-D layout along one axis of `layout`."""
     for other in reversed(range(rank)):
@@ -266,6 +308,12 @@ def iota(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr, rank: gl.
         if other != axis:
             i = gl.expand_dims(i, other)
     return i
+
+
+@gluon.jit
+def column_of(n):
+    """The column at position n of the packed weights: position 16 t + 4 g + i of 64 is column 16 g + 4 t + i."""
+    return n // BLOCK * BLOCK + n // 4 % 4 * 16 + n // 16 % 4 * 4 + n % 4
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -288,7 +336,7 @@ def load_x(x, scale, row, scale_row, count, step: gl.constexpr, g: gl.constexpr)
         inside = iota(1, g.BM, g.a_scale) < count
         if last:
             inside = inside & (k < g.K // GROUP)
-        a_scale = cdna4.buffer_load(scale, scale_row[None, :, None] * (g.K // GROUP) + k, mask=inside)
+        a_scale = cdna4.buffer_load(scale, scale_row[None, :, None] * g.scale_row + k, mask=inside)
     else:
         a_scale = gl.full([g.WAVES, g.BM, 4], 127, gl.uint8, g.a_scale)  # 2^0
     return a, a_scale
@@ -296,14 +344,15 @@ def load_x(x, scale, row, scale_row, count, step: gl.constexpr, g: gl.constexpr)
 
 @gluon.jit
 def weights_at(w, scale, expert, n, g: gl.constexpr):
-    """Where the columns from n (a multiple of 8) of an expert begin in the packed weights and scales."""
-    w += expert.to(gl.int64) * (g.N * g.K // g.w_values) + n // MFMA * (MFMA * g.K // g.w_values) + n % MFMA * g.w_lane
+    """Where the positions from n (a multiple of 8) of an expert begin in the packed weights and scales."""
+    strip: gl.constexpr = MFMA * g.K // g.w_values
+    w += expert.to(gl.int64) * (g.padded // MFMA * strip) + n // MFMA * strip + n % MFMA * g.w_lane
     if g.W == "e2m1":
         groups: gl.constexpr = g.K // GROUP
-        scale += expert.to(gl.int64) * ((g.N + SCALE_COLUMNS - 1) // SCALE_COLUMNS * SCALE_COLUMNS * groups)
-        scale += n // SCALE_COLUMNS * (SCALE_COLUMNS * groups)
-        if g.COLUMNS % SCALE_COLUMNS != 0:  # otherwise Triton must see that a lane's four bytes are a dword
-            scale += n % MFMA * 4 + n % SCALE_COLUMNS // MFMA
+        scale += expert.to(gl.int64) * (g.padded * groups)
+        scale += n // BLOCK * (BLOCK * groups)
+        if g.COLUMNS % BLOCK != 0:  # otherwise Triton must see that a lane's four bytes are a dword
+            scale += n % MFMA * 4 + n % BLOCK // MFMA
     return w, scale
 
 
@@ -324,7 +373,7 @@ def load_w(w, scale, columns, step: gl.constexpr, g: gl.constexpr):
         inside = n < columns
         if last:
             inside = inside & (k < g.K // GROUP)
-        at = k * SCALE_COLUMNS + n * 4 + iota(3, g.BN // MFMA, g.b_scale_memory, 4)
+        at = k * BLOCK + n * 4 + iota(3, g.BN // MFMA, g.b_scale_memory, 4)
         b_scale = cdna4.buffer_load(scale, at, mask=inside)
     return b, b_scale
 
@@ -398,9 +447,9 @@ def expert_gemm(x, x_scale, row, scale_row, count, w, w_scale, columns, SLOTS: g
 # Quantisation
 
 @gluon.jit
-def quantise(y, static, X: gl.constexpr, MX: gl.constexpr):
+def quantise(y, X: gl.constexpr, MX: gl.constexpr):
     """float32 y [rows, 32] -> bytes uint8 [rows, 32] (e2m1: [rows, 16], low nibble first), and E8M0 bytes uint8 [rows].
-    mx: the scale's exponent is floor(log2(max |y|)) less the element's largest (OCP MX 6.3); otherwise y / static.
+    mx: the scale's exponent is floor(log2(max |y|)) less the element's largest (OCP MX 6.3); static: y comes scaled.
     Elements round to nearest even and saturate: a cast without the clamp would make 480 a NaN."""
     largest: gl.constexpr = 448.0 if X == "e4m3" else 57344.0 if X == "e5m2" else 6.0
     if MX:
@@ -410,16 +459,14 @@ def quantise(y, static, X: gl.constexpr, MX: gl.constexpr):
         y = y * ((127 - exponent) << 23).to(gl.float32, bitcast=True)[:, None]
         scale = (exponent + 127).to(gl.uint8)
     else:
-        y = gl.div_rn(y, gl.full(y.shape, static, gl.float32, y.type.layout))
         scale = 0
     y = gl.minimum(gl.maximum(y, -largest), largest)
     if X == "e2m1":
-        m = gl.abs(y)  # the values are 0, .5, 1, 1.5, 2, 3, 4, 6; halfway between two goes to the even code
-        code = ((m > 0.25).to(gl.int32) + (m >= 0.75).to(gl.int32) + (m > 1.25).to(gl.int32) + (m >= 1.75).to(gl.int32)
-                + (m > 2.5).to(gl.int32) + (m >= 3.5).to(gl.int32) + (m > 5.0).to(gl.int32))
-        code = code | ((y.to(gl.int32, bitcast=True) >> 28) & 8)
-        low, high = gl.split(code.reshape(y.shape[0], y.shape[1] // 2, 2))
-        code = low | (high << 4)
+        low, high = gl.split(y.reshape(y.shape[0], y.shape[1] // 2, 2))
+        # the halves of a byte, by scale 1; the s_nop because LLVM does not see an instruction whose result may not be
+        # read at once
+        code = gl.inline_asm_elementwise("v_cvt_scalef32_pk_fp4_f32 $0, $1, $2, 1.0\ns_nop 0", "=v,v,v", [low, high],
+                                         dtype=gl.int32, is_pure=True, pack=1) & 255
     else:
         # Triton's own cast also sets a mode register, a side effect that makes LLVM read scalars by vector loads
         convert: gl.constexpr = "v_cvt_pk_fp8_f32 $0, $1, $1" if X == "e4m3" else "v_cvt_pk_bf8_f32 $0, $1, $1"
@@ -428,19 +475,24 @@ def quantise(y, static, X: gl.constexpr, MX: gl.constexpr):
 
 
 @gluon.jit
-def store_group(y, out, out_scale, first, count, group, K: gl.constexpr, static, X: gl.constexpr, MX: gl.constexpr):
-    """Stores `count` rows of float32 y [*, G] as columns group * G .. of rows first .. of out [*, K], in the format."""
+def store_group(y, out, out_scale, first, count, group, K: gl.constexpr, X: gl.constexpr, MX: gl.constexpr,
+                DEALT: gl.constexpr):
+    """Stores `count` rows of float32 y [*, G] as values group * G .. of rows first .. of out [*, K], in the format.
+    DEALT: y's columns are half of a product's positions."""
     G: gl.constexpr = y.shape[1]
     if X == "bf16":
         q = y.to(gl.bfloat16)
     else:
-        q, scale = quantise(y, static, X, MX)
+        q, scale = quantise(y, X, MX)
     width: gl.constexpr = q.shape[1]
-    row, n = iota(0, q.shape[0], q.type.layout, 2), iota(1, width, q.type.layout, 2)
-    cdna4.buffer_store(q, out, (first + row) * (K // G * width) + group * width + n, mask=(row < count) & (n < width))
+    row, n = iota(0, q.shape[0], q.type.layout, 2), group * width + iota(1, width, q.type.layout, 2)
+    if DEALT:
+        values: gl.constexpr = 2 * G // width  # columns of the product in a stored element
+        n = column_of(n * values) // values
+    cdna4.buffer_store(q, out, (first + row) * (K // G * width) + n, mask=row < count)
     if MX:
         row = gl.arange(0, scale.shape[0], scale.type.layout)
-        cdna4.buffer_store(scale, out_scale, (first + row) * (K // G) + group, mask=row < count)
+        cdna4.buffer_store(scale, out_scale, (first + row) * scale_bytes(K) + group, mask=row < count)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -508,7 +560,9 @@ def route_kernel(x, router_weight, router_bias, logits, arrived, q, q_scale, til
         layout: gl.constexpr = gl.BlockedLayout([1, 2], [4, 16], [g.WAVES, 1], [1, 0])
         token, k = first + iota(0, g.BM, layout, 2), group * GROUP + iota(1, GROUP, layout, 2)
         y = cdna4.buffer_load(x, token * g.K + k, mask=token < T).to(gl.float32)
-        store_group(y, q, q_scale, first, T - first, group, g.K, static, X, MX)
+        if not MX:  # exact: x is what it is, while h carries rounding errors of its own
+            y = gl.div_rn(y, gl.full(y.shape, static, gl.float32, layout))
+        store_group(y, q, q_scale, first, T - first, group, g.K, X, MX, False)
         return
 
     expert = gl.program_id(0) * g.COLUMNS
@@ -600,8 +654,17 @@ def sort_kernel(chosen, counts, tiles, num_tiles, rows, programs, R, E: gl.const
 # dispatch: gather, first GEMM, SwiGLU
 
 @gluon.jit
-def dispatch_kernel(x, x_scale, w, w_scale, bias, tiles, num_tiles, rows, h, h_scale, x_static, h_static, limit,
-                    SLOTS: gl.constexpr, g: gl.constexpr):
+def swiglu(acc, LIMIT: gl.constexpr):
+    """acc [rows, N], columns alternating gate and up -> gate * sigmoid(1.702 gate) * (up + 1), clamped, [rows, N/2]. By
+    the exponential and reciprocal instructions, each within 1 ULP: IEEE division is ten instructions a value."""
+    gate, up = gl.split(acc.reshape(acc.shape[0], acc.shape[1] // 2, 2))
+    gate, up = gl.minimum(gate, LIMIT), gl.minimum(gl.maximum(up, -LIMIT), LIMIT)
+    return libdevice.fast_dividef(gl.fma(gate, up, gate), 1 + gl.exp2(gate * (-1.702 * LOG2_E)))
+
+
+@gluon.jit
+def dispatch_kernel(x, x_scale, w, w_scale, bias, tiles, num_tiles, rows, h, h_scale, x_static, h_static,
+                    LIMIT: gl.constexpr, SLOTS: gl.constexpr, g: gl.constexpr):
     """h[place] = swiglu(x[token of place] @ w[expert].T + bias[expert]), quantised for the second GEMM. Program (j, t):
     columns j * BN .. of tile t, which are BN/2 consecutive values of h, and in mx formats exactly one scale group."""
     tile, block = gl.program_id(1), gl.program_id(0)
@@ -612,15 +675,15 @@ def dispatch_kernel(x, x_scale, w, w_scale, bias, tiles, num_tiles, rows, h, h_s
     row = cdna4.buffer_load(rows, first + place, mask=place < count)
     place = gl.arange(0, g.BM, only(1, g.a_scale, 3))
     scale_row = cdna4.buffer_load(rows, first + place, mask=place < count)
-    bias = cdna4.buffer_load(bias, expert * g.N + block * g.BN + gl.arange(0, g.BN, only(1, g.out, 2)))
+    n = column_of(block * g.BN + gl.arange(0, g.BN, only(1, g.out, 2)))
+    bias = cdna4.buffer_load(bias, expert * g.N + n)
     w, w_scale = weights_at(w, w_scale, expert, block * g.BN, g)
     BN: gl.constexpr = g.BN
     acc = expert_gemm(x, x_scale, row, scale_row, count, w, w_scale, BN, SLOTS, g) * x_static + bias[None, :]
-
-    gate, up = gl.split(acc.reshape(g.BM, g.BN // 2, 2))  # [BM, BN/2] each: columns alternate gate, up
-    gate, up = gl.minimum(gate, limit), gl.minimum(gl.maximum(up, -limit), limit)
-    y = gate * (up + 1) / (1 + gl.exp(-1.702 * gate))
-    store_group(y, h, h_scale, first, count, block, g.N // 2, h_static, g.X, g.MX)
+    y = swiglu(acc, LIMIT)
+    if g.STATIC:
+        y = y * (1 / h_static)
+    store_group(y, h, h_scale, first, count, block, g.N // 2, g.X, g.MX, True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -656,9 +719,9 @@ def combine_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, chosen,
     """out[token] = sum over slots of gate * (h[place] @ w[expert].T + bias[expert]) for COLUMNS columns a program.
     Loads of AHEAD experts are in flight. A wave leaves its share of K of every row in LDS; at the end the sum runs over
     waves, then slots, in one order whatever the batch."""
-    per_xcd: gl.constexpr = (g.N // g.COLUMNS + XCDS - 1) // XCDS  # neighbours share the cache lines of scales and h
+    per_xcd: gl.constexpr = (g.padded // g.COLUMNS + XCDS - 1) // XCDS  # neighbours share cache lines of scales and h
     block = gl.program_id(0) % XCDS * per_xcd + gl.program_id(0) // XCDS
-    if block >= g.N // g.COLUMNS:
+    if block >= g.padded // g.COLUMNS:
         return
     STEPS: gl.constexpr = g.steps
     AHEAD: gl.constexpr = g.AHEAD
@@ -685,7 +748,8 @@ def combine_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, chosen,
     for j in gl.static_range(AHEAD):
         ring = ring + (load_expert(head[j], h, h_scale, w, w_scale, rows, block * g.COLUMNS, g),)
         pin(zero, ACCUMULATORS)
-    bias = cdna4.buffer_load(bias, expert * g.N + block * g.COLUMNS + iota(2, g.COLUMNS, weighted), mask=valid)
+    n = column_of(block * g.COLUMNS + iota(2, g.COLUMNS, weighted))
+    bias = cdna4.buffer_load(bias, expert * g.N + n, mask=valid & (n < g.N))
 
     # LDS: the tile list, since a global load in the loop would wait for all loads before it; a cell for every
     # (wave, row, column); and a dump for what the matrix instruction computes of no row or column
@@ -721,42 +785,514 @@ def combine_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, chosen,
     acc = partial.gather(cell.reshape(CELLS), 0).reshape(g.WAVES, TOKENS, SLOTS, g.COLUMNS)
     acc = gl.sum(gl.convert_layout(acc, final, assert_trivial=True), axis=0)  # [TOKENS, SLOTS, COLUMNS]
     y = gl.sum(gl.where(valid, gate * (acc * static + bias), 0), axis=1)  # [TOKENS, COLUMNS]
-    token, n = iota(0, TOKENS, y.type.layout, 2), block * g.COLUMNS + iota(1, g.COLUMNS, y.type.layout, 2)
+    token, n = iota(0, TOKENS, y.type.layout, 2), column_of(block * g.COLUMNS + iota(1, g.COLUMNS, y.type.layout, 2))
     cdna4.buffer_store(y.to(gl.bfloat16), out, token * g.N + n, mask=(token < T) & (n < g.N))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# combine, above decode: a program computes one tile of rows, a second kernel sums over a token's slots
+# Prefill: sliceMN
+#
+# A workgroup of four waves computes a tile of 128 rows by a panel of 256 columns, cut 2 x 2: x into top and bottom, w
+# into left and right, 64 rows and 128 columns. All waves multiply a quadrant together, 32 rows by 64 columns each. Two
+# workgroups fit a compute unit (half its LDS, 256 of 512 registers), because K is short: at 2880 a tile is 23 k matrix
+# cycles, and what is outside its loop, one latency of memory and 5 k vector cycles, runs under the other's loop.
+#
+# The four pieces of a step of K are copied from memory to LDS, RING steps ahead, read from there into registers one
+# quadrant before they are multiplied, and never pass through registers in between.
+
+@dataclass(frozen=True)
+class Slices(Shape):
+    """Prefill: the tile and its layouts."""
+    RING: int  # steps of K in LDS
+
+    @property
+    def panels(self):
+        return -(-self.N // 256)
+
+    @property
+    def step(self):  # K of a step: of one matrix instruction
+        return 32 if self.W == "bf16" else 128
+
+    @property
+    def steps(self):
+        return -(-self.K // self.step)
+
+    @property
+    def x_step(self):  # stored elements of a row of x in a step
+        return self.step // self.x_values
+
+    @property
+    def chunks(self):  # of 16 bytes in them
+        return self.x_step // self.w_lane
+
+    @property
+    def chunks_left(self):  # in the last step
+        return self.K // self.x_values % self.x_step // self.w_lane or self.chunks
+
+    @property
+    def groups_left(self):  # scale groups in the last step
+        return self.K % self.step // GROUP.value or 4
+
+    @property
+    def strip(self):  # stored elements of 16 columns of w; 1,024 bytes of them are a step
+        return MFMA.value * self.K // self.w_values
+
+    @property
+    def lanes_left(self):  # 64ths of those 1,024 bytes that are inside K in the last step
+        return self.K % self.step * 64 // self.step or 64
+
+    @property
+    def acc(self):
+        """[64, 128]: wave (m, n) holds rows 32 m .. + 31, columns 64 n .. + 63; of each 16 x 16 tile lane L holds row
+        L % 16, columns 4 * (L // 16) .. + 3."""
+        return gl.amd.AMDMFMALayout(4, [16, 16, self.step], True, [2, 2], tiles_per_warp=[2, 4])
+
+    @property
+    def a(self):
+        """x [64, x_step]: lane L holds row L % 16 and the 16 bytes L // 16 of every 64."""
+        return gl.DotOperandLayout(0, self.acc, self.w_lane)
+
+    @property
+    def b(self):
+        """w [64 bytes of K, 128]: lane L holds column L % 16 and the 16 bytes L // 16."""
+        return gl.DotOperandLayout(1, self.acc, self.w_lane)
+
+    @property
+    def a_scale(self):
+        """[64, 4]: lane L holds row L % 16, K group L // 16 of its two tiles."""
+        return cdna4.get_mfma_scale_layout(self.a, [64, 4])
+
+    @property
+    def b_scale(self):
+        """[128, 4]: lane L holds column L % 16, K group L // 16 of its four tiles, the bytes of one register."""
+        return cdna4.get_mfma_scale_layout(self.b, [128, 4])
+
+    @property
+    def x_copy(self):
+        """x [64 rows, chunks, 16 bytes] on its way to LDS: consecutive lanes hold the chunks of a row, then rows."""
+        return gl.BlockedLayout([1, 1, self.w_lane], [64 // self.chunks, self.chunks, 1], [4, 1, 1], [2, 1, 0])
+
+    @property
+    def w_copy(self):
+        """w [8 strips, 64, 16 bytes]: a wave holds the 1,024 bytes of a strip's step, lane L the 16 from 16 L."""
+        return gl.BlockedLayout([1, 1, self.w_lane], [1, 64, 1], [4, 1, 1], [2, 1, 0])
+
+    @property
+    def w_scale_copy(self):
+        """Scales of w [4 blocks, 64, 4 bytes]: a wave holds the 256 bytes of a block's step, lane L the dword L."""
+        return gl.BlockedLayout([1, 1, 4], [1, 64, 1], [4, 1, 1], [2, 1, 0])
+
+    @property
+    def x_scale_copy(self):
+        """Scales of x [256 rows, 1, 4 bytes]: lane L of wave w holds the step of row 64 w + L. 128 rows exist, but a
+        wait counts the copies of all waves alike."""
+        return gl.BlockedLayout([1, 1, 4], [64, 1, 1], [4, 1, 1], [2, 1, 0])
+
+    @property
+    def swizzle(self):
+        """In LDS, chunk c of row r of x lies at c ^ s, s the exclusive or of these over the bits of r. LDS serves a
+        ds_read_b128 in passes of 16 lanes, the first {0-3, 12-15, 20-27}: two neighbouring chunks of 8 rows each. With
+        rows 32 banks wide, or 16, this is what makes every pass meet all 64 banks."""
+        return [0, 1, 2, 4, 0, 0] if self.chunks == 8 else [0, 0, 2, 3, 0, 0]
+
+    @property
+    def x_shared(self):
+        """x [64, x_step] in LDS, swizzled."""
+        within = [[0, 1 << i] for i in range(self.x_step.bit_length() - 1)]
+        return gl.SharedLinearLayout(within + [[1 << i, s * self.w_lane] for i, s in enumerate(self.swizzle)])
+
+    @property
+    def w_shared(self):
+        """w [64 bytes of K, 128] in LDS, as it is packed: the 64 lanes of a ds_read_b128 read 1,024 bytes in a row."""
+        k = [[1 << i, 0] for i in range((4 * self.w_lane).bit_length() - 1)]
+        return gl.SharedLinearLayout(k[:-2] + [[0, 1], [0, 2], [0, 4], [0, 8]] + k[-2:] + [[0, 16], [0, 32], [0, 64]])
+
+    @property
+    def w_scale_shared(self):
+        """Scales of w [128, 4] in LDS, as they are packed: a lane's four tiles are one dword."""
+        return gl.SharedLinearLayout([[16, 0], [32, 0], [1, 0], [2, 0], [4, 0], [8, 0], [0, 1], [0, 2], [64, 0]])
+
+
+class Pipeline(NamedTuple):
+    """What the verbs share. For every piece: a ring of LDS slots, where it comes from at step 0, and of each half
+    the offsets there and which of its rows or columns exist."""
+    x_ring: tuple
+    x: gl.tensor
+    x_at: tuple
+    x_scale_ring: tuple
+    x_scale: gl.tensor
+    x_scale_at: tuple
+    w_ring: tuple
+    w: gl.tensor
+    w_at: tuple
+    w_scale_ring: tuple
+    w_scale: gl.tensor
+    w_scale_at: tuple
+
 
 @gluon.jit
-def combine_rows_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, gates, weighted, static,
-                        g: gl.constexpr):
-    """weighted[row] = gate[row] * (h[place of row] @ w[expert].T + bias[expert]), float32 [T * SLOTS, N]."""
-    tile, column = gl.program_id(1), gl.program_id(0) * g.BN
-    if tile >= gl.load(num_tiles):
+def chunk_of_lane(g: gl.constexpr):
+    """[64, chunks, 1]: which chunk of its row a lane copies. Copies to LDS go to consecutive places, so the swizzle
+    must be in where they come from."""
+    SWIZZLE: gl.constexpr = g.swizzle
+    chunk, row = iota(1, g.chunks, g.x_copy), iota(0, 64, g.x_copy)
+    for bit in gl.static_range(6):
+        chunk = chunk ^ ((row >> bit) % 2 * SWIZZLE[bit])
+    return chunk
+
+
+@gluon.jit
+def pipeline(x, x_scale, rows, scale_rows, count, w, w_scale, expert, column, g: gl.constexpr):
+    """For `count` rows of x [*, K] and the panel from `column` of an expert's w. rows, scale_rows: their numbers,
+    int32, top and bottom [64] as the rows of g.x_copy, all [256] as those of g.x_scale_copy."""
+    row = iota(0, 64, g.x_copy)
+    at = chunk_of_lane(g) * g.w_lane + iota(2, g.w_lane, g.x_copy)
+    top = rows[0][:, None, None] * (g.K // g.x_values) + at, row < count
+    bottom = rows[1][:, None, None] * (g.K // g.x_values) + at, row + 64 < count
+    at = scale_rows[:, None, None] * g.scale_row + iota(2, 4, g.x_scale_copy)
+    x_scale_at = at, iota(0, 256, g.x_scale_copy) < gl.minimum(count, 128)
+
+    w += expert.to(gl.int64) * (g.padded // MFMA * g.strip) + column // MFMA * g.strip
+    strip, strips = iota(0, 8, g.w_copy), (g.padded - column) // MFMA
+    at = strip * g.strip + iota(1, 64, g.w_copy) * g.w_lane + iota(2, g.w_lane, g.w_copy)
+    left, right = (at, strip < strips), (at + 8 * g.strip, strip + 8 < strips)
+    at = iota(0, 4, g.w_scale_copy) * (BLOCK * g.K // GROUP) + iota(1, 64, g.w_scale_copy) * 4
+    w_scale_at = at + iota(2, 4, g.w_scale_copy), iota(0, 4, g.w_scale_copy) < strips // 4
+    if g.W == "e2m1":
+        w_scale += expert.to(gl.int64) * (g.padded * g.K // GROUP) + column * (g.K // GROUP)
+
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    x_type: gl.constexpr = x.dtype.element_ty
+    w_type: gl.constexpr = w.dtype.element_ty
+    RING: gl.constexpr = g.RING
+    x_ring, w_ring, x_scale_ring, w_scale_ring = (), (), (), ()
+    for _ in gl.static_range(RING):
+        x_ring = x_ring + ((gl.allocate_shared_memory(x_type, [64, g.chunks, g.w_lane], flat),
+                            gl.allocate_shared_memory(x_type, [64, g.chunks, g.w_lane], flat)),)
+        w_ring = w_ring + ((gl.allocate_shared_memory(w_type, [8, 64, g.w_lane], flat),
+                            gl.allocate_shared_memory(w_type, [8, 64, g.w_lane], flat)),)
+        if g.MX:
+            x_scale_ring = x_scale_ring + (gl.allocate_shared_memory(gl.uint8, [256, 1, 4], flat),)
+        if g.W == "e2m1":
+            w_scale_ring = w_scale_ring + (gl.allocate_shared_memory(gl.uint8, [4, 64, 4], flat),)
+    return Pipeline(x_ring, x, (top, bottom), x_scale_ring, x_scale, x_scale_at, w_ring, w, (left, right), w_scale_ring,
+                    w_scale, w_scale_at)
+
+
+# The verbs. A half is 0 (top, left) or 1 (bottom, right). What an issue copies is in LDS, for all waves, after the wait
+# for its group: load_shared_relaxed tells LLVM so, which would drain the queue before any other read of LDS. The wait
+# is also the barrier of its region: Triton puts s_barrier behind its s_waitcnt. A gl.barrier() would be a second one
+# and, in triton 3.7.1, drain the queue as well. The tests read from the assembly that every region has its barrier.
+
+@gluon.jit
+def issue_x(p, half: gl.constexpr, step, slot: gl.constexpr, LAST: gl.constexpr, g: gl.constexpr):
+    """One group: half of x; with the top, the scales of both halves. In the LAST step only what is inside K."""
+    offsets, exists = p.x_at[half]
+    if LAST:
+        exists = exists & (chunk_of_lane(g) < g.chunks_left)
+    cdna4.async_copy.buffer_load_to_shared(p.x_ring[slot][half], p.x + step * g.x_step, offsets, mask=exists)
+    if g.MX and half == 0:
+        offsets, exists = p.x_scale_at
+        cdna4.async_copy.buffer_load_to_shared(p.x_scale_ring[slot], p.x_scale + step * 4, offsets, mask=exists)
+    cdna4.async_copy.commit_group()
+
+
+@gluon.jit
+def issue_w(p, half: gl.constexpr, step, slot: gl.constexpr, LAST: gl.constexpr, g: gl.constexpr):
+    """One group: half of w; with the left, the scales of both halves. In the LAST step only what is inside K."""
+    offsets, exists = p.w_at[half]
+    if LAST:
+        exists = exists & (iota(1, 64, g.w_copy) < g.lanes_left)
+    cdna4.async_copy.buffer_load_to_shared(p.w_ring[slot][half], p.w + step * (64 * g.w_lane), offsets, mask=exists)
+    if g.W == "e2m1" and half == 0:
+        offsets, exists = p.w_scale_at
+        if LAST:
+            exists = exists & (iota(1, 64, g.w_scale_copy) < g.lanes_left)
+        cdna4.async_copy.buffer_load_to_shared(p.w_scale_ring[slot], p.w_scale + step * 256, offsets, mask=exists)
+    cdna4.async_copy.commit_group()
+
+
+@gluon.jit
+def wait(groups: gl.constexpr):
+    """Until all but the newest `groups` have arrived, and until all waves are here."""
+    cdna4.async_copy.wait_group(groups)
+
+
+@gluon.jit
+def read(memory, M: gl.constexpr, N: gl.constexpr, shared: gl.constexpr, layout: gl.constexpr):
+    return cdna4.async_copy.load_shared_relaxed(reinterpret(memory, memory.dtype, [M, N], shared), layout)
+
+
+@gluon.jit
+def read_x(p, half: gl.constexpr, slot: gl.constexpr, g: gl.constexpr):
+    return read(p.x_ring[slot][half], 64, g.x_step, g.x_shared, g.a)
+
+
+@gluon.jit
+def read_w(p, half: gl.constexpr, slot: gl.constexpr, g: gl.constexpr):
+    return read(p.w_ring[slot][half], 4 * g.w_lane, 128, g.w_shared, g.b)
+
+
+@gluon.jit
+def read_x_scales(p, slot: gl.constexpr, LAST: gl.constexpr, g: gl.constexpr):
+    """Of top and bottom: their slot is refilled before the bottom is read."""
+    top = gl.full([64, 4], 127, gl.uint8, g.a_scale)  # 2^0
+    bottom = top
+    if g.MX:
+        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        top = read(p.x_scale_ring[slot].slice(0, 64), 64, 4, flat, g.a_scale)
+        bottom = read(p.x_scale_ring[slot].slice(64, 64), 64, 4, flat, g.a_scale)
+        if LAST:  # nobody wrote those beyond K
+            exists = iota(1, 4, g.a_scale, 2) < g.groups_left
+            top, bottom = gl.where(exists, top, 127), gl.where(exists, bottom, 127)
+    return top, bottom
+
+
+@gluon.jit
+def read_w_scales(p, slot: gl.constexpr, g: gl.constexpr):
+    """Of left and right: their slot is refilled before the right is read."""
+    left = gl.full([128, 4], 127, gl.uint8, g.b_scale)
+    right = left
+    if g.W == "e2m1":
+        left = read(p.w_scale_ring[slot].slice(0, 2), 128, 4, g.w_scale_shared, g.b_scale)
+        right = read(p.w_scale_ring[slot].slice(2, 2), 128, 4, g.w_scale_shared, g.b_scale)
+    return left, right
+
+
+@gluon.jit
+def mfma(acc, x, x_scale, w, w_scale, g: gl.constexpr):
+    """acc [64, 128] + a step of a quadrant."""
+    if g.W == "bf16":
+        acc = cdna4.mfma(x, w, acc)
+    else:
+        X: gl.constexpr = g.X
+        W: gl.constexpr = g.W
+        acc = cdna4.mfma_scaled(x, x_scale, X, w, w_scale, W, acc)
+    return acc
+
+
+@gluon.jit
+def more(a, b: gl.constexpr):
+    """a > b, of scalars, by a scalar comparison in this very place: knowing that it never changes, LLVM would keep the
+    answer in a vector register, at two vector instructions a branch."""
+    return gl.inline_asm_elementwise("; compare", "=s,0", [a], dtype=gl.int32, is_pure=False, pack=1) > b
+
+
+@gluon.jit
+def sliced_step(p, k, slot: gl.constexpr, LEFT: gl.constexpr, state, rows, columns, g: gl.constexpr):
+    """Step k of K, which is in `slot`, for quadrants of which `rows` and `columns` exist. LEFT steps come after it.
+
+        region       1               2               3               4
+        wait, read   x bottom k      w right k       w left k+1      x top k+1
+        issue        w left k+2      x top k+2       x bottom k+2    w right k+2        (RING = 2)
+        multiply     top left        bottom left     top right       bottom right
+        of step      x t   w l       x b   w l       x t   w r       x b   w r
+        in flight    wr k            wl k+1          xt k+1          xb k+1             groups that the wait leaves,
+                     wl k+1          xt k+1          xb k+1          wr k+1             the oldest first: what a
+                     xt k+1          xb k+1          wr k+1          wl k+2             region reads was issued
+                     xb k+1          wr k+1          wl k+2          xt k+2             4 RING - 2 regions before,
+                     wr k+1          wl k+2          xt k+2          xb k+2             so 4 RING - 3 came after it
+
+    Near the end fewer were issued after it: in region r, 4 LEFT + 2 - r. A copy refills the slot that was read two
+    regions before: what a region reads is in registers when the next one ends (it is multiplied there, or its scales
+    are), and the barrier of the one after that comes after all waves have got there. Each piece needs one set of
+    registers, dead a region before it is read again. The branches skip quadrants without rows or columns, and LLVM
+    moves no matrix instruction across them: each quadrant's run between its own barrier and the next."""
+    top_left, bottom_left, top_right, bottom_right, x_top, w_left, x_scales, w_scales = state
+    RING: gl.constexpr = g.RING
+    NEXT: gl.constexpr = (slot + 1) % RING
+    AFTER: gl.constexpr = 4 * RING - 3
+    ISSUE: gl.constexpr = LEFT >= RING  # step k + RING exists
+    LAST: gl.constexpr = LEFT == RING  # and is the last one
+    x_top_scale, x_bottom_scale = x_scales
+    w_left_scale, w_right_scale = w_scales
+
+    wait(min(AFTER, 4 * LEFT + 1))
+    x_bottom = read_x(p, 1, slot, g)
+    if ISSUE:
+        issue_w(p, 0, k + RING, slot, LAST, g)
+    if more(rows, 0):
+        top_left = mfma(top_left, x_top, x_top_scale, w_left, w_left_scale, g)
+
+    wait(min(AFTER, 4 * LEFT))
+    w_right = read_w(p, 1, slot, g)
+    if ISSUE:
+        issue_x(p, 0, k + RING, slot, LAST, g)
+    if more(rows, 64):
+        bottom_left = mfma(bottom_left, x_bottom, x_bottom_scale, w_left, w_left_scale, g)
+
+    if LEFT > 0:
+        wait(min(AFTER, 4 * LEFT - 1))
+        w_left, w_scales = read_w(p, 0, NEXT, g), read_w_scales(p, NEXT, g)
+    if ISSUE:
+        issue_x(p, 1, k + RING, slot, LAST, g)
+    if more(columns, 128):
+        top_right = mfma(top_right, x_top, x_top_scale, w_right, w_right_scale, g)
+
+    if LEFT > 0:
+        wait(min(AFTER, 4 * LEFT - 2))
+        x_top, x_scales = read_x(p, 0, NEXT, g), read_x_scales(p, NEXT, LEFT == 1, g)
+    if ISSUE:
+        issue_w(p, 1, k + RING, slot, LAST, g)
+    if more(gl.minimum(2 * rows, columns), 128):
+        bottom_right = mfma(bottom_right, x_bottom, x_bottom_scale, w_right, w_right_scale, g)
+    return top_left, bottom_left, top_right, bottom_right, x_top, w_left, x_scales, w_scales
+
+
+@gluon.jit
+def sliced_gemm(p, left, right, rows, columns, g: gl.constexpr):
+    """The quadrants top left, bottom left, top right, bottom right, float32 [64, 128], over all of K; left and right
+    are what they start with."""
+    STEPS: gl.constexpr = g.steps
+    RING: gl.constexpr = g.RING
+    AHEAD: gl.constexpr = min(RING, STEPS)
+    for s in gl.static_range(AHEAD):
+        issue_w(p, 0, s, s, s == STEPS - 1, g)
+        issue_x(p, 0, s, s, s == STEPS - 1, g)
+        issue_x(p, 1, s, s, s == STEPS - 1, g)
+        issue_w(p, 1, s, s, s == STEPS - 1, g)
+    wait(4 * AHEAD - 2)  # for the first two groups
+    state = (left, left, right, right, read_x(p, 0, 0, g), read_w(p, 0, 0, g), read_x_scales(p, 0, STEPS == 1, g),
+             read_w_scales(p, 0, g))
+    LOOP: gl.constexpr = max(0, (STEPS - 1 - RING) // RING * RING)  # whole rings before the last step is issued
+    for k in range(0, LOOP, RING):
+        for slot in gl.static_range(RING):
+            state = sliced_step(p, k + slot, slot, STEPS, state, rows, columns, g)
+    for k in gl.static_range(LOOP, STEPS):
+        state = sliced_step(p, k, k % RING, STEPS - 1 - k, state, rows, columns, g)
+    return state[0], state[1], state[2], state[3]
+
+
+@gluon.jit
+def tile_of_program(tiles, num_tiles, g: gl.constexpr):
+    """(expert, first place, number of places, first column); 0 places: nothing to do. The number of tiles is known on
+    the device only; the grid is for the most there can be, and a program too many costs one load. Nor are programs
+    persistent: the next one's prologue runs under the loop of the other workgroup on its compute unit anyhow.
+
+    Workgroups go to the chiplets in turn, so each chiplet gets one range of the order. In it TALL tiles take a panel
+    after another: what runs at a time shares the weights of few panels, and TALL tiles' rows stay in its L2."""
+    PANELS: gl.constexpr = g.panels
+    i, num_tiles = gl.program_id(0), gl.load(num_tiles)
+    share = (num_tiles * PANELS + XCDS - 1) // XCDS
+    place = i % XCDS * share + i // XCDS
+    exists = (i // XCDS < share) & (place < num_tiles * PANELS)
+    first, place = place // (TALL * PANELS) * TALL, place % (TALL * PANELS)
+    height = gl.maximum(gl.minimum(num_tiles - first, TALL), 1)
+    tiles += 4 * gl.where(exists, first + place % height, 0)
+    count = gl.where(exists, gl.load(tiles + 2), 0)
+    return gl.load(tiles), gl.load(tiles + 1), count, place // height * 256
+
+
+@gluon.jit
+def starts(bias, expert, column, static, g: gl.constexpr):
+    """What the left and right quadrants start with: in every row the bias, in units of the static scale."""
+    n = column + column_of(gl.arange(0, 128, only(1, g.acc, 2)))
+    bias += expert * g.N
+    left, right = cdna4.buffer_load(bias, n, mask=n < g.N), cdna4.buffer_load(bias, n + 128, mask=n + 128 < g.N)
+    if g.STATIC:
+        left, right = left * (1 / static), right * (1 / static)
+    zero = gl.zeros([64, 128], gl.float32, g.acc)
+    return zero + left[None, :], zero + right[None, :]
+
+
+@gluon.jit
+def in_order(y):
+    """y [64, 128 / v], from 128 positions: its columns in order. Only registers get other names: of each of its rows a
+    lane holds 16 / v consecutive columns."""
+    v: gl.constexpr = 128 // y.shape[1]
+    return y.reshape(64, 2, 4, 4, 4 // v).permute(0, 1, 3, 2, 4).reshape(64, 128 // v)
+
+
+@gluon.jit
+def store_swiglu(acc, h, h_scale, first, count, column, x_static, h_static, LIMIT: gl.constexpr, g: gl.constexpr):
+    """A quadrant through SwiGLU to rows first .. of h [*, N/2], from the half of `column`, in the format."""
+    if g.STATIC:
+        acc = acc * x_static
+    y = swiglu(acc, LIMIT)
+    if g.X == "bf16":
+        q = y.to(gl.bfloat16)
+    else:
+        if g.STATIC:
+            y = y * (1 / h_static)
+        q, scale = quantise(y.reshape(128, 32), g.X, g.MX)  # 64 columns are 32 values, in mx formats one scale group
+        q = q.reshape(64, 2 * q.shape[1])
+    q = in_order(q)
+    v: gl.constexpr = 128 // q.shape[1]  # columns of the product in a stored element
+    row, n = iota(0, 64, q.type.layout, 2), column // v + iota(1, 128 // v, q.type.layout, 2)
+    cdna4.buffer_store(q, h, (first + row) * (g.N // v) + n, mask=(row < count) & (n < g.N // v))
+    if g.MX:
+        scale = scale.reshape(64, 2)
+        row, n = iota(0, 64, scale.type.layout, 2), column // BLOCK + iota(1, 2, scale.type.layout, 2)
+        exists = (row < count) & (n < g.N // BLOCK)
+        cdna4.buffer_store(scale, h_scale, (first + row) * scale_bytes(g.N // 2) + n, mask=exists)
+
+
+@gluon.jit
+def prefill_dispatch_kernel(x, x_scale, w, w_scale, bias, tiles, num_tiles, rows, h, h_scale, x_static, h_static,
+                            LIMIT: gl.constexpr, SLOTS: gl.constexpr, g: gl.constexpr):
+    """What dispatch_kernel does, for a tile and a panel a program."""
+    expert, first, count, column = tile_of_program(tiles, num_tiles, g)
+    if count == 0:
         return
-    expert, first, count = gl.load(tiles + 4 * tile), gl.load(tiles + 4 * tile + 1), gl.load(tiles + 4 * tile + 2)
-    place, n = gl.arange(0, g.BM, only(0, g.out, 2)), column + gl.arange(0, g.BN, only(1, g.out, 2))
+    place = gl.arange(0, 64, only(0, g.x_copy, 3))
+    top = cdna4.buffer_load(rows, first + place, mask=place < count) // SLOTS
+    bottom = cdna4.buffer_load(rows, first + 64 + place, mask=64 + place < count) // SLOTS
+    place = gl.arange(0, 256, only(0, g.x_scale_copy, 3))
+    scale_rows = cdna4.buffer_load(rows, first + place, mask=place < count) // SLOTS
+    left, right = starts(bias, expert, column, x_static, g)
+    p = pipeline(x, x_scale, (top, bottom), scale_rows, count, w, w_scale, expert, column, g)
+    quadrants = sliced_gemm(p, left, right, count, g.N - column, g)
+    for right_half in gl.static_range(2):
+        for bottom_half in gl.static_range(2):
+            first_row, n = 64 * bottom_half, column + 128 * right_half
+            if (count > first_row) & (g.N > n):
+                store_swiglu(quadrants[2 * right_half + bottom_half], h, h_scale, first + first_row,
+                             count - first_row, n, x_static, h_static, LIMIT, g)
+
+
+@gluon.jit
+def store_weighted(acc, weighted, rows, gates, first, count, column, static, g: gl.constexpr):
+    """A quadrant of places first .., times their gates, to their rows of `weighted`, from `column`."""
+    y = in_order(acc)
+    place, n = gl.arange(0, 64, only(0, y.type.layout, 2)), column + iota(1, 128, y.type.layout, 2)
     row = cdna4.buffer_load(rows, first + place, mask=place < count)
     gate = cdna4.buffer_load(gates, row, mask=place < count)
-    bias = cdna4.buffer_load(bias, expert * g.N + n, mask=n < g.N)
-    w, w_scale = weights_at(w, w_scale, expert, column, g)
-    h_place = first + gl.arange(0, g.BM, only(1, g.a, 3))
-    scale_place = first + gl.arange(0, g.BM, only(1, g.a_scale, 3))
-    acc = expert_gemm(h, h_scale, h_place, scale_place, count, w, w_scale, gl.minimum(g.N - column, g.BN), 1, g)
-    y = gate[:, None] * (acc * static + bias[None, :])
-    cdna4.buffer_store(y, weighted, row[:, None] * g.N + n[None, :], mask=(place < count)[:, None] & (n < g.N)[None, :])
+    if g.STATIC:
+        gate = gate * static
+    y = (y * gate[:, None]).to(gl.bfloat16)
+    cdna4.buffer_store(y, weighted, row[:, None] * g.N + n, mask=(place < count)[:, None] & (n < g.N))
+
+
+@gluon.jit
+def prefill_combine_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, gates, weighted, static,
+                           g: gl.constexpr):
+    """weighted[row] = gate[row] * (h[place of row] @ w[expert].T + bias[expert]), bf16 [T * SLOTS, N], for a tile and a
+    panel a program. In float32 it would be half of all the layer's traffic at 8192 tokens."""
+    expert, first, count, column = tile_of_program(tiles, num_tiles, g)
+    if count == 0:
+        return
+    place = first + gl.arange(0, 64, only(0, g.x_copy, 3))
+    scale_place = first + gl.arange(0, 256, only(0, g.x_scale_copy, 3))
+    left, right = starts(bias, expert, column, static, g)
+    p = pipeline(h, h_scale, (place, place + 64), scale_place, count, w, w_scale, expert, column, g)
+    quadrants = sliced_gemm(p, left, right, count, g.N - column, g)
+    for right_half in gl.static_range(2):
+        for bottom_half in gl.static_range(2):
+            first_row, n = 64 * bottom_half, column + 128 * right_half
+            if (count > first_row) & (g.N > n):
+                store_weighted(quadrants[2 * right_half + bottom_half], weighted, rows, gates, first + first_row,
+                               count - first_row, n, static, g)
 
 
 @gluon.jit
 def sum_slots_kernel(weighted, out, N: gl.constexpr, TOP_K: gl.constexpr, SLOTS: gl.constexpr, BN: gl.constexpr,
                      WAVES: gl.constexpr):
     """out[token] = sum of its rows, in the order of slots."""
-    token, n = gl.program_id(1), gl.program_id(0) * BN + gl.arange(0, BN, gl.BlockedLayout([4], [64], [WAVES], [0]))
+    token, n = gl.program_id(1), gl.program_id(0) * BN + gl.arange(0, BN, gl.BlockedLayout([8], [64], [WAVES], [0]))
     weighted += token.to(gl.int64) * (SLOTS * N)
-    y = cdna4.buffer_load(weighted, n, mask=n < N)
+    y = cdna4.buffer_load(weighted, n, mask=n < N).to(gl.float32)
     for slot in gl.static_range(1, TOP_K):
-        y += cdna4.buffer_load(weighted, slot * N + n, mask=n < N)
+        y += cdna4.buffer_load(weighted, slot * N + n, mask=n < N).to(gl.float32)
     cdna4.buffer_store(y.to(gl.bfloat16), out + token.to(gl.int64) * N, n, mask=n < N)
 
 
@@ -797,17 +1333,29 @@ def gemm(kernel: str, packed: PackedExperts, tokens: int, top_k: int) -> Gemm:
         if steps > most:
             raise ValueError(f"inner size {w.K}: combine holds an expert's steps, up to {most * waves * STEP.value}")
         ahead = min(4, most // steps)
-    else:
-        # the same loads under tiles as tall as an expert's average share; half the steps, since 64 rows take 32
-        # registers a step
-        BM, ahead = 16 if tokens * top_k <= 16 * len(w.data) else 64, 2 if bf16 else 3
-    return Gemm(w.K, w.N, BM, BN, columns, waves, ahead, f.element, f.scale == "mx", "bf16" if bf16 else "e2m1")
+    return Gemm(*shape(f, w), BM, BN, columns, waves, ahead)
+
+
+def slices(packed: PackedExperts, w: PackedWeight) -> Slices:
+    """The prefill tile. RING: as many steps as let two workgroups share the 160 KB of LDS of a compute unit, at 34 KB a
+    step with 8-bit activations, 26 KB with fp4, 24 KB with bf16. A copy is in flight for 4 RING - 3 regions: 5 of 256
+    matrix cycles with 8-bit activations, else 9 of 128, and twice that while two workgroups take turns."""
+    f = FORMATS[packed.activations]
+    return Slices(*shape(f, w), 2 if f.element in ("e4m3", "e5m2") else 3)
+
+
+def shape(f: Format, w: PackedWeight) -> tuple:
+    return w.K, w.N, f.element, f.scale == "mx", "bf16" if w.scale is None else "e2m1"
+
+
+def prefill_grid(g: Slices, routing) -> tuple[int]:
+    return (triton.cdiv(len(routing.tiles) * g.panels, XCDS.value) * XCDS.value,)
 
 
 def empty_activations(f: Format, rows: int, K: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for rows of K values in a format, and for their scales (one unused byte where it has none)."""
     width, dtype = (K, torch.bfloat16) if f.element == "bf16" else (K // 2 if f.element == "e2m1" else K, torch.uint8)
-    scale = torch.empty((rows, K // GROUP.value) if f.scale == "mx" else 1, dtype=torch.uint8, device=device)
+    scale = torch.empty((rows, scale_bytes(K)) if f.scale == "mx" else 1, dtype=torch.uint8, device=device)
     return torch.empty(rows, width, dtype=dtype, device=device), scale
 
 
@@ -816,7 +1364,7 @@ def gating_gemm(x, router_weight, router_bias, packed: PackedExperts, top_k: int
     in decode, three above. x bf16 [T, H]; router_weight bf16 [E, H], router_bias bf16 or float32 [E]."""
     (T, H), E, device = x.shape, len(router_weight), x.device
     f, decode, slots = FORMATS[packed.activations], T <= DECODE_TOKENS, triton.next_power_of_2(top_k)
-    BM, R, experts = gemm("dispatch", packed, T, top_k).BM, T * slots, max(16, triton.next_power_of_2(E))
+    BM, R, experts = 16 if decode else 128, T * slots, max(16, triton.next_power_of_2(E))
     integers = {"dtype": torch.int32, "device": device}
     chosen, gates = torch.empty(T, slots, **integers), torch.empty(T, slots, dtype=torch.float32, device=device)
     rows, num_tiles = torch.empty(R, **integers), torch.empty(1, **integers)
@@ -825,7 +1373,7 @@ def gating_gemm(x, router_weight, router_bias, packed: PackedExperts, top_k: int
     q, q_scale = (x, num_tiles) if f.scale == "none" else empty_activations(f, T, H, device)
     # in decode 4 experts a workgroup: 32 CUs read the router, 23 KB each; above, reading it once a tile counts
     columns = 4 if decode else 16
-    g = Gemm(H, E, 16 if decode else 32, 16, columns, 8, 0, "bf16", False, "bf16")
+    g = Gemm(H, E, "bf16", False, "bf16", 16 if decode else 32, 16, columns, 8, 0)
     grid = (triton.cdiv(E, columns) + (0 if f.scale == "none" else H // GROUP.value), triton.cdiv(T, g.BM))
     route_kernel[grid](x, router_weight, router_bias, logits, packed.arrived, q, q_scale, tiles, num_tiles, rows,
                        chosen, gates, T, packed.gate_up.input_scale, f.element, f.scale == "mx", experts, top_k, slots,
@@ -842,11 +1390,15 @@ def dispatch_swiglu(routing: Routing, packed: PackedExperts, swiglu_limit: float
     """The first expert GEMM of all rows and SwiGLU -> h, by place, as the second GEMM reads it: bf16 or uint8
     [T * SLOTS, I] or [T * SLOTS, I/2] (e2m1), and its scales uint8 [T * SLOTS, I/32] in mx formats."""
     f, w, (T, slots) = FORMATS[packed.activations], packed.gate_up, routing.chosen.shape
-    g = gemm("dispatch", packed, T, routing.top_k)
     h, h_scale = empty_activations(f, T * slots, w.N // 2, w.data.device)
-    dispatch_kernel[w.N // g.BN, len(routing.tiles)](
-        routing.x, routing.x_scale, w.data, w.scale, w.bias, routing.tiles, routing.num_tiles, routing.rows, h, h_scale,
-        w.input_scale, packed.down.input_scale, swiglu_limit, slots, g, num_warps=g.WAVES)
+    arguments = (routing.x, routing.x_scale, w.data, w.scale, w.bias, routing.tiles, routing.num_tiles, routing.rows, h,
+                 h_scale, w.input_scale, packed.down.input_scale, swiglu_limit, slots)
+    if T <= DECODE_TOKENS:
+        g = gemm("dispatch", packed, T, routing.top_k)
+        dispatch_kernel[w.N // g.BN, len(routing.tiles)](*arguments, g, num_warps=g.WAVES)
+    else:
+        g = slices(packed, w)
+        prefill_dispatch_kernel[prefill_grid(g, routing)](*arguments, g, num_warps=4, waves_per_eu=2)
     return h, h_scale
 
 
@@ -854,18 +1406,19 @@ def combine(h, h_scale, routing: Routing, packed: PackedExperts) -> torch.Tensor
     """The second expert GEMM, weighted by the gates and summed over each token's slots, without atomics: one launch in
     decode, two above. h, h_scale from `dispatch_swiglu` -> bf16 [T, H]."""
     w, (T, slots) = packed.down, routing.chosen.shape
-    g = gemm("combine", packed, T, routing.top_k)
     out = torch.empty(T, w.N, dtype=torch.bfloat16, device=h.device)
     inputs = h, h_scale, w.data, w.scale, w.bias, routing.tiles, routing.num_tiles, routing.rows
     if T <= DECODE_TOKENS:
-        grid = (triton.cdiv(w.N // g.COLUMNS, XCDS.value) * XCDS.value,)
+        g = gemm("combine", packed, T, routing.top_k)
+        grid = (triton.cdiv(g.padded // g.COLUMNS, XCDS.value) * XCDS.value,)
         combine_kernel[grid](*inputs, routing.chosen, routing.gates, out, T, w.input_scale, routing.top_k, slots,
                              DECODE_TOKENS, g, num_warps=g.WAVES)
     else:
-        weighted = torch.empty(T * slots, w.N, dtype=torch.float32, device=h.device)
-        combine_rows_kernel[triton.cdiv(w.N, g.BN), len(routing.tiles)](*inputs, routing.gates, weighted, w.input_scale,
-                                                                        g, num_warps=g.WAVES)
-        sum_slots_kernel[triton.cdiv(w.N, 1024), T](weighted, out, w.N, routing.top_k, slots, 1024, 4, num_warps=4)
+        weighted = torch.empty(T * slots, w.N, dtype=torch.bfloat16, device=h.device)
+        g = slices(packed, w)
+        prefill_combine_kernel[prefill_grid(g, routing)](*inputs, routing.gates, weighted, w.input_scale, g,
+                                                         num_warps=4, waves_per_eu=2)
+        sum_slots_kernel[triton.cdiv(w.N, 2048), T](weighted, out, w.N, routing.top_k, slots, 2048, 4, num_warps=4)
     return out
 
 
@@ -884,7 +1437,7 @@ def moe(x, router_weight, router_bias, packed: PackedExperts, top_k: int, activa
                          f"{packed.gate_up.K}")
     if not 1 <= top_k <= min(E, 8):
         raise ValueError(f"top_k={top_k}: expected 1 to 8, and no more than the {E} experts")
-    if len(x) * triton.next_power_of_2(top_k) * max(H, packed.down.K) * 4 >= 2**31:
+    if len(x) * triton.next_power_of_2(top_k) * max(H, packed.down.K) * 2 >= 2**31:
         raise ValueError(f"{len(x)} tokens at once: split them, an intermediate would exceed 2 GB, a buffer's range")
     if len(x) == 0:
         return torch.empty_like(x)
