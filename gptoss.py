@@ -494,7 +494,9 @@ class GPTOSS:
         if self.device.type != "cuda":
             return sys.maxsize
         one = KVCache(self.config, 0, page_size, "meta", self.dtype).pool
-        return int(0.9 * torch.cuda.mem_get_info(self.device)[0]) // (one.numel() * one.itemsize)
+        # blocks that PyTorch keeps for reuse are free too, though the driver counts them as taken
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(0.9 * (torch.cuda.mem_get_info(self.device)[0] + kept)) // (one.numel() * one.itemsize)
 
     @torch.inference_mode()
     def run(self, cache: KVCache, waiting: collections.deque, max_batch: int, stop: set[int], sampling) -> Iterator:

@@ -26,10 +26,6 @@ def on_meta(size: str, dtype=torch.bfloat16) -> GPTOSS:
 
 # -- arithmetic -------------------------------------------------------------------------------------------------------
 
-def test_tpot():
-    assert bench.tpot([0.5, 0.6, 0.9, 1.1]) == pytest.approx(0.2)
-
-
 def test_summary():
     """Two requests: the second is prefilled while the first waits; only steps in which both decode are steps."""
     first, second = [0.1, 0.5, 0.52, 0.55, 0.58], [0.4, 0.5, 0.52, 0.55, 0.59]
@@ -80,9 +76,7 @@ def test_bytes_of_a_tiny_step_by_hand():
 @pytest.mark.parametrize("tokens, active, megabytes, us", [(1, 4, 52.9, 6.6), (8, 31, 409.8, 51.2),
                                                            (8192, 128, 1692.1, 326.1)])
 def test_floors_of_a_120b_layer(tokens, active, megabytes, us):
-    config = config_of("120b")
-    assert bench.active_experts(config, tokens) == active
-    floor = bench.layer_floor(config, "mxfp8", tokens, active)
+    floor = bench.layer_floor(config_of("120b"), "mxfp8", tokens, active)
     assert floor["weight_bytes"] / 1e6 == pytest.approx(megabytes, abs=0.05)
     assert floor["flop"] == 2 * tokens * 4 * 3 * 2880 * 2880
     assert floor["floor_us"] == pytest.approx(us, abs=0.05)
@@ -92,7 +86,6 @@ def test_floors_of_other_formats():
     config = config_of("120b")
     assert bench.layer_floor(config, "bf16", 1, 4)["weight_bytes"] == 4 * 3 * 2880 * 2880 * 2
     assert bench.layer_floor(config, "mxfp4", 8192, 128)["floor_us"] == pytest.approx(1692.06e6 / 8e12 * 1e6, abs=0.01)
-    assert bench.active_experts(config_of("20b"), 8) == 21  # 32 (1 - (7/8)^8)
 
 
 @pytest.mark.parametrize("tokens, active, first", [(1, 4, 0), (4, 15, 0), (8, 31, 100), (16, 53, 3), (512, 128, 0)])
@@ -109,24 +102,25 @@ def test_pinned_routing(tokens, active, first):
 # -- command line -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, code, message", [
-    (["--ab", "speed=1,2"], 2, "unknown setting 'speed', expected one of moe, activations, dtype, page_size"),
-    (["--ab", "moe=torch,cuda"], 2, "moe=cuda: expected one of auto, torch, gluon"),
-    (["--ab", "page_size=16,0"], 2, "page_size=0: expected a positive number"),
-    (["--ab", "moe=torch"], 2, "expected two different values"),
-    (["--ab", "moe=torch,gluon", "--moe", "torch"], 2, "give one"),
-    (["--ab", "moe=torch,gluon", "--peer", "transformers"], 2, "give one"),
+    (["--ab", "speed=1,2"], 2, "expected SETTING=A,B, with a SETTING of moe, activations, dtype, page_size"),
+    (["--ab", "moe=torch,cuda"], 2, "--moe: invalid choice: 'cuda'"),
+    (["--ab", "page_size=16,0"], 2, "--page-size: '0' is not a positive number"),
+    (["--ab", "moe=torch"], 2, "expected SETTING=A,B"),
+    (["--ab", "moe=torch,torch"], 2, "expected SETTING=A,B"),
+    (["--ab", "moe=torch,gluon", "--peer", "transformers"], 2, "not allowed with"),
     (["--checkpoint", "random:7b"], 2, "random: takes 20b, 120b, tiny"),
     (["--plot", "tpot.png"], 2, "the picture is an SVG"),
     (["--concurrency", "1,0"], 2, "'0' is not a positive number"),
     (["--output", "1"], 2, "nothing to time"),
     (["--kernels", "--checkpoint", "tiny"], 2, "kernels does not take --checkpoint"),
     (["--profile", "--model", "20b"], 2, "profile does not take --model"),
-    (["--kernels", "--profile"], 2, "two modes"),
+    (["--kernels", "--profile"], 2, "kernels does not take --profile"),
     (["--nonsense"], 2, "unrecognized arguments"),
+    (["--device", "nowhere"], 2, "--device: invalid choice: 'nowhere'"),
     (["--checkpoint", "nowhere"], 1, "nowhere/config.json: No such file"),
-    (["--device", "nowhere"], 1, "device 'nowhere' cannot be used here"),
     (["--activations", "fp8"], 1, "needs the static input scales of a Quark checkpoint"),
     (["--input", "9000"], 1, "prompt 0 is too long"),
+    (["--peer", "openai"], 1, "--peer openai loads openai; "),
 ])
 def test_errors_are_one_line(argv, code, message, capsys):
     try:
@@ -137,32 +131,35 @@ def test_errors_are_one_line(argv, code, message, capsys):
     assert found == code and message in err and err.startswith("bench: ") and err.count("\n") == 1 and not out
 
 
-@pytest.mark.parametrize("peer", [None, "transformers", "openai"])
+@pytest.mark.parametrize("peer", [None, "transformers"])
 def test_what_does_not_fit_is_said_before_anything_is_loaded(peer, capsys, monkeypatch):
-    real, devices = torch.empty, []
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
+    real, devices = torch.empty, set()
     monkeypatch.setattr(bench, "free_bytes", lambda device: 60_000_000_000)
-    monkeypatch.setattr(bench.importlib, "import_module", lambda name: None)
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: devices.append(str(k.get("device"))) or real(*a, **k))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: devices.add(str(k.get("device"))) or real(*a, **k))
     argv = ["--checkpoint", "random:120b", "--device", "cpu", "--dtype", "bfloat16"]
     assert bench.main(argv + (["--peer", peer] if peer else [])) == 1
     err = capsys.readouterr().err
     assert "60.0 GB are free" in err and "weights 65.2" in err and err.count("\n") == 1
-    assert devices.count("cpu") == 1 and set(devices) == {"cpu", "meta"}  # the one: whether the device exists
+    assert devices <= {"meta"}
     assert (f"{peer} 233.7" in err) == bool(peer)  # 116.83 billion parameters in bf16
 
 
-def test_what_fits_a_gpu_of_80_gb(monkeypatch):
-    args = argparse.Namespace(input=512, output=128, concurrency=[1, 8])
-    parts = bench.footprint(config_of("120b"), "openai", torch.bfloat16, False, True, args)
-    assert sum(parts.values()) < 70e9
+@pytest.mark.parametrize("size, dtype, layout", [("120b", torch.bfloat16, "openai"), ("20b", torch.float32, "openai"),
+                                                 ("tiny", torch.float32, "random")])
+def test_the_estimate_of_weights_is_what_the_engine_holds(size, dtype, layout):
+    """To 1%: it takes biases and norms for values of `dtype`."""
+    args, model = argparse.Namespace(input=512, output=128, concurrency=[1, 8], peer=None), on_meta(size, dtype)
+    parts = bench.memory(model.config, layout, dtype, args)
+    held = sum(map(bench.nbytes, [model.embedding, model.unembedding, model.norm, *model.layers]))
+    assert parts["weights"] == pytest.approx(held, rel=0.01)
+    assert size != "120b" or sum(parts.values()) < 70e9  # fits a GPU of 80 GB
 
 
-@pytest.mark.parametrize("module, peer", [("gpt_oss", "openai"), ("transformers", "transformers")])
-def test_a_missing_peer_is_one_line(module, peer, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    assert bench.main(["--peer", peer, *FEW]) == 1
-    assert f"--peer {peer} cannot be imported" in capsys.readouterr().err
+def test_a_missing_peer_is_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert bench.main(["--peer", "transformers", *FEW]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("bench: ") and "transformers" in err and err.count("\n") == 1
 
 
 def test_importing_needs_no_triton():
@@ -182,7 +179,7 @@ def test_a_run_on_tiny(capsys, tmp_path):
     picture = tmp_path / "tpot.svg"
     result = run([*FEW, "--concurrency", "1,3", "--plot", str(picture)], capsys)
     assert result["mode"] == "latency" and result["bandwidth"] > 1e8 and result["pairs"] == []
-    assert result["settings"]["output"] == 6 and result["versions"]["torch"] == torch.__version__
+    assert result["settings"]["output"] == 6 and result["torch"] == torch.__version__
     for row, concurrency in zip(result["rows"], (1, 3), strict=True):
         assert list(row) == ["system", "concurrency", "requests", "ttft", "ttft_p99", "tpot", "tpot_p99", "step",
                              "tokens_per_s", "step_bytes", "floor", "share"]
@@ -190,7 +187,11 @@ def test_a_run_on_tiny(capsys, tmp_path):
         assert 0 < row["ttft"] <= row["ttft_p99"] and 0 < row["step"] and row["tpot"] <= row["tpot_p99"]
         assert row["share"] == pytest.approx(row["floor"] / row["step"])
     root = ElementTree.parse(picture).getroot()
-    assert len(root.findall("{*}polyline")) == 2 and len(root.findall("{*}circle")) == 4
+    assert [line.get("stroke-dasharray") for line in root.findall("{*}polyline")] == ["0", "6"]
+    texts = [text.text.strip() for text in root.findall("{*}text")]
+    for row in result["rows"]:
+        assert any(t.startswith(f"{row['tpot']:.3g}") for t in texts)
+        assert any(t.startswith(f"{row['floor']:.3g}") for t in texts)
 
 
 def test_random_weights_and_ab(capsys):
@@ -220,15 +221,17 @@ def test_systems_alternate_with_the_same_prompts(monkeypatch):
         return bench.System(name, lambda prompts, count: stream(name, prompts, count), model)
     monkeypatch.setattr(bench, "build", lambda *_: [system("a"), system("b")])
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
-    bench.latency(argparse.Namespace(seed=0, concurrency=[2], rounds=3, input=5, output=4), torch.device("cpu"))
+    args = bench.arguments().parse_args(["--rounds", "3", "--input", "5", "--output", "4"])
+    args.concurrency = [2]
+    bench.latency(args, torch.device("cpu"))
     assert "".join(name for name, _ in played) == "abbaabba"
     assert all(a[1] == b[1] for a, b in zip(played[::2], played[1::2], strict=True))
     assert len({tuple(prompt) for _, prompts in played for prompt in prompts}) == 8  # distinct, and new every round
 
 
 def test_transformers_plays_the_same_tokens(capsys):
-    args = argparse.Namespace(checkpoint=bench.TINY, moe="auto", activations="auto", dtype=None, ab=None, seed=0,
-                              peer="transformers", input=20, output=6, concurrency=[3])
+    args = bench.arguments().parse_args(["--peer", "transformers", "--input", "20", "--output", "6"])
+    args.variants, args.concurrency = {"gptoss": args}, [3]
     ours, theirs = bench.build(args, torch.device("cpu"))
     prompts = [[(7 * i + n) % 1000 for i in range(20)] for n in range(3)]
     assert sorted(ours.stream(prompts, 6)) == sorted(theirs.stream(prompts, 6))
@@ -243,7 +246,7 @@ def test_transformers_with_random_weights(capsys):
 def test_profile(capsys):
     assert bench.main(["--profile", "--input", "8"]) == 0
     out = capsys.readouterr().out
-    assert "aten::addmm" in out and "The three biggest: " in out.splitlines()[-1]
+    assert "| aten::addmm |" in out and "| (Python) |" in out
     result = run(["--profile", "--input", "8"], capsys)
     assert sum(row["share"] for row in result["rows"]) == pytest.approx(1)
     assert sum(row["us"] for row in result["rows"]) == pytest.approx(1e3 * result["step"])
@@ -259,7 +262,7 @@ def small_layer(monkeypatch):
 
 
 def test_kernels(small_layer, capsys):
-    result = run(["--kernels"], capsys)
+    result = run(["--kernels", "--model", "20b"], capsys)
     few, many = result["layers"]
     assert few["active"] == 7 and many["active"] == 16  # 16 (1 - 0.75^2), 16 (1 - 0.75^40)
     for layer in (few, many):
@@ -269,10 +272,10 @@ def test_kernels(small_layer, capsys):
     assert "weights_ratio" not in many
     for row in result["kernels"]:
         assert row["vgprs"] > 0 and row["occupancy"] >= 1 and ("busiest" in row) == (row["tokens"] == 2)
-    assert bench.main(["--kernels", "--activations", "bf16"]) == 0
+    assert bench.main(["--kernels", "--model", "20b", "--activations", "bf16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     headers = [line for line, below in itertools.pairwise(lines) if below.startswith("| ---")]
-    assert len(headers) == 3 and "million a second" in lines[-1]
+    assert len(headers) == 2
     for header in itertools.chain(*(line.strip("| ").split(" | ") for line in headers)):
         said = header.endswith(("measured", "measured by it", "counted", "modelled"))
         assert said or header in ("tokens", "active experts, pinned", "kernel", "tile", "waves a workgroup"), header
@@ -283,10 +286,9 @@ def test_times_call_every_launcher_with_every_expert(small_layer, monkeypatch):
     import gfx950
     import moe_gluon
     config, repeated = config_of("tiny"), []
-    monkeypatch.setattr(bench, "replay_us", lambda calls: repeated.append([call() for call in calls * 2]) or 1.0)
-    _, experts = bench.random_layer(config, 0, "cpu")
-    packed = moe_gluon.prepare(experts, "mxfp8")
+    monkeypatch.setattr("triton.testing.do_bench_cudagraph", lambda call: repeated.append(call() + call()) or 1.0)
+    packed = moe_gluon.prepare(bench.random_checkpoint(config, "cpu").experts[0], "mxfp8")
     with gfx950.emulate():
         times = bench.layer_times(moe_gluon, config, 1, 4, packed, torch.device("cpu"))
-    assert list(times) == ["moe_us", "gating_gemm_us", "dispatch_swiglu_us", "combine_us"]
-    assert [len(calls) for calls in repeated] == [8] * 4  # 16 experts, 4 at a time, twice
+    assert times == dict.fromkeys(["moe_us", "gating_gemm_us", "dispatch_swiglu_us", "combine_us"], 1e3 / 4)
+    assert [len(results) for results in repeated] == [8] * 4  # 16 experts, 4 at a time, twice
