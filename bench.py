@@ -224,6 +224,11 @@ def build(args, device: torch.device) -> list[System]:
                    models[variants[name]]) for name, v in args.variants.items()] + peers
 
 
+def randomise(model: torch.nn.Module):
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02)
+
+
 def transformers_peer(checkpoint: str, raw: dict, device, dtype) -> System:
     """Hugging Face transformers: the same checkpoint, its mxfp4 experts in `dtype`, or random weights of its own. All
     prompts, of one length, are one batch."""
@@ -231,8 +236,7 @@ def transformers_peer(checkpoint: str, raw: dict, device, dtype) -> System:
     if checkpoint.startswith("random:"):
         with torch.device(device):
             model = GptOssForCausalLM._from_config(GptOssConfig(**raw), dtype=dtype)
-        for parameter in model.parameters():
-            parameter.data.normal_(0, 0.02)
+        randomise(model)
     else:
         options = {"quantization_config": Mxfp4Config(dequantize=True)} if "quantization_config" in raw else {}
         model = GptOssForCausalLM.from_pretrained(checkpoint, dtype=dtype, **options).to(device)
@@ -251,8 +255,14 @@ def transformers_peer(checkpoint: str, raw: dict, device, dtype) -> System:
 def openai_peer(checkpoint: str, raw: dict, device, dtype) -> System:
     """OpenAI's reference, gpt_oss.torch, in bf16. It has neither a KV cache nor batches: every token recomputes its
     sequence, and the sequences take turns."""
-    from gpt_oss.torch.model import Transformer
-    model = Transformer.from_checkpoint(checkpoint, device=device)
+    from gpt_oss.torch.model import ModelConfig, Transformer
+    if checkpoint.startswith("random:"):
+        values = raw | {"num_experts": raw["num_local_experts"], "experts_per_token": raw["num_experts_per_tok"]}
+        values = {field.name: values[field.name] for field in dataclasses.fields(ModelConfig) if field.name in values}
+        model = Transformer(ModelConfig(**values), device)
+        randomise(model)
+    else:
+        model = Transformer.from_checkpoint(checkpoint, device=device)
 
     @torch.inference_mode()
     def stream(prompts, count):
@@ -264,7 +274,8 @@ def openai_peer(checkpoint: str, raw: dict, device, dtype) -> System:
     return System("openai", stream)
 
 
-PEERS = {"transformers": (transformers_peer, ("hf-mxfp4", "hf-bf16", "random")), "openai": (openai_peer, ("openai",))}
+PEERS = {"transformers": (transformers_peer, ("hf-mxfp4", "hf-bf16", "random")),  # and the layouts that it loads
+         "openai": (openai_peer, ("openai", "random"))}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -385,7 +396,8 @@ def profile(args, device: torch.device) -> tuple[dict, list[str]]:
             for key, calls, us in sorted(rows, key=lambda row: -row[2])]
     return {"step": step / 1e3, "rows": rows}, [
         f"{Path(args.checkpoint).name}; {device_name(device)}; a decode step of one sequence after {args.input} "
-        f"tokens: {step / 1e3:.2f} ms", table(OPERATOR_COLUMNS, rows)]
+        f"tokens: {step / 1e3:.2f} ms", table(OPERATOR_COLUMNS, rows),
+        "The three biggest: " + ", ".join(f"{row['operator']} {row['share']:.0%}" for row in rows[:3])]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -439,18 +451,91 @@ def launch_row(gfx950, launch) -> dict:
     return row
 
 
-def layer_times(moe_gluon, config: Config, tokens: int, active: int, packed, device) -> dict:
-    """us of a layer and its launchers on a gfx950, of graphs that replay calls. Every call meets other experts until
-    all had their turn: none comes from a cache."""
+def triton_kernels_peer(experts, top_k: int) -> Callable:
+    """OpenAI's Triton kernels (Triton's repository, python/triton_kernels), with static e4m3 activations: with bf16
+    ones they do not compile for gfx950 up to 1024 tokens. -> layer(x, router_weight, router_bias) -> [T, H]."""
+    from triton_kernels.matmul import FlexCtx, FnSpecs, FusedActivation, PrecisionConfig, matmul
+    from triton_kernels.numerics import InFlexData, OutFlexData
+    from triton_kernels.swiglu import swiglu_fn
+    from triton_kernels.tensor import FP4, convert_layout, make_ragged_tensor_metadata, wrap_torch_tensor
+    from triton_kernels.tensor_details import layout
+    from triton_kernels.topk import topk
+    e4m3, device = torch.float8_e4m3fn, experts.down_bias.device
+    first, second = (torch.tensor([s], device=device) for s in (experts.gate_up_input_scale, experts.down_input_scale))
+
+    def weight(values, scales, seen, out):
+        values = convert_layout(wrap_torch_tensor(values.mT, FP4), layout.make_default_matmul_mxfp4_w_layout(-2))
+        scales = convert_layout(wrap_torch_tensor(scales.mT), layout.make_default_matmul_mxfp4_w_scale_layout(-2))
+        return values, PrecisionConfig(flex_ctx=FlexCtx(InFlexData(e4m3, seen), out_data=out), b_mx_scale=scales,
+                                       b_microblock_size=32, out_dtype=out.dtype or torch.bfloat16)
+
+    up, up_config = weight(experts.gate_up_weight, experts.gate_up_scale, first, OutFlexData(e4m3, second))
+    down, down_config = weight(experts.down_weight, experts.down_scale, second, OutFlexData())
+    up_bias, down_bias = experts.gate_up_bias.float(), experts.down_bias.float()
+    swiglu = FusedActivation(FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2), (1.702, 7.0))
+
+    def layer(x, router_weight, router_bias):
+        chosen = topk(torch.nn.functional.linear(x, router_weight, router_bias), top_k)
+        order = chosen.mask_metadata.col_sorted_indx  # [T top_k], the (token, slot) pairs sorted by expert
+        rows = make_ragged_tensor_metadata(chosen.mask_metadata.col_sum, len(order))
+        h = matmul((x / first).to(e4m3), up, up_bias, rows, gather_indx=order // top_k, precision_config=up_config,
+                   fused_activation=swiglu)
+        y = matmul(h, down, down_bias, rows, scatter_indx=order, precision_config=down_config,
+                   gammas=chosen.vals.flatten()[order])
+        return y.view(len(x), top_k, -1).sum(1)  # [T top_k, H] -> [T, H]
+    return layer
+
+
+def tokenspeed_peer(experts, top_k: int) -> Callable:
+    """TokenSpeed's Gluon kernels for gfx950 (package tokenspeed-kernel-amd), static e4m3 activations. -> the same."""
+    from tokenspeed_kernel_amd.ops.gfx950.moe.mxfp4 import weight_preprocess
+    from tokenspeed_kernel_amd.ops.gfx950.moe.mxfp4.fused import gluon_mxfp_fused_moe
+    theirs = torch.nn.Module()
+    theirs.w13_input_layout = "interleaved"
+    for w, ours in ("w13", "gate_up"), ("w2", "down"):
+        for name, field in ("weight", "weight"), ("weight_scale", "scale"), ("weight_bias", "bias"):
+            value = torch.nn.Parameter(getattr(experts, f"{ours}_{field}"), requires_grad=False)
+            setattr(theirs, f"{w}_{name}", value)
+        scale = torch.tensor(getattr(experts, f"{ours}_input_scale"), device=experts.down_bias.device)
+        setattr(theirs, f"{w}_input_scale", scale)
+    weight_preprocess.preprocess_gluon_mxfp4_gfx950_moe_weights({}, theirs)
+    run = functools.partial(
+        gluon_mxfp_fused_moe, w13_weight=theirs.w13_weight_triton_tensor, w2_weight=theirs.w2_weight_triton_tensor,
+        w13_mx_scale=theirs.w13_precision_config.b_mx_scale, w2_mx_scale=theirs.w2_precision_config.b_mx_scale,
+        w13_bias=theirs.w13_weight_bias, w2_bias=theirs.w2_weight_bias,
+        w13_act_scale=theirs.w13_act_scale, w2_act_scale=theirs.w2_act_scale, top_k=top_k)
+    return lambda x, router_weight, router_bias: run(x, torch.nn.functional.linear(x, router_weight, router_bias))
+
+
+KERNEL_PEERS = {"triton_kernels": triton_kernels_peer, "tokenspeed": tokenspeed_peer}
+
+
+def kernel_peers(experts, top_k: int) -> dict[str, Callable]:
+    """Those of KERNEL_PEERS that are installed; of the others stderr says why they are left out."""
+    layers = {}
+    for name, peer in KERNEL_PEERS.items():
+        try:
+            layers[name] = peer(experts, top_k)
+        except ImportError as error:
+            print(f"bench: without {name}: {error}", file=sys.stderr)
+    return layers
+
+
+def layer_times(moe_gluon, config: Config, tokens: int, active: int, packed, peers, device) -> dict:
+    """us of a layer, its launchers and its peers on a gfx950, of graphs that replay calls. Every call meets other
+    experts until all had their turn: none comes from a cache."""
     from triton.testing import do_bench_cudagraph
     top_k, calls = config.num_experts_per_tok, collections.defaultdict(list)
     for first in range(0, config.num_local_experts, active):
-        inputs = *pinned(config, tokens, active, first, device), packed, top_k
+        x = pinned(config, tokens, active, first, device)
+        inputs = *x, packed, top_k
         routing = moe_gluon.gating_gemm(*inputs)
         h = moe_gluon.dispatch_swiglu(routing, packed)
         for name, *given in (("moe", *inputs), ("gating_gemm", *inputs), ("dispatch_swiglu", routing, packed),
                              ("combine", *h, routing, packed)):
             calls[f"{name}_us"].append(functools.partial(getattr(moe_gluon, name), *given))
+        for name, layer in peers.items():
+            calls[f"{name}_us"].append(functools.partial(layer, *x))
     return {name: 1e3 * do_bench_cudagraph(lambda turns=turns: [call() for call in turns]) / len(turns)
             for name, turns in calls.items()}
 
@@ -459,7 +544,8 @@ LAYER_COLUMNS = [
     ("tokens", "tokens", "d"), ("active experts, pinned", "active", "d"), ("launches, counted", "launches", "d"),
     ("least weight bytes, counted", "weight_bytes", ",d"), ("least FLOP, counted", "flop", ".3g"),
     ("MI355 floor us, modelled", "floor_us", ".1f"), ("TokenSpeed us, measured by it", "published_us", "g"),
-    ("us, measured", "moe_us", ".1f"), ("gating us, measured", "gating_gemm_us", ".1f"),
+    ("us, measured", "moe_us", ".1f"), ("triton_kernels us, measured", "triton_kernels_us", ".1f"),
+    ("TokenSpeed us, measured", "tokenspeed_us", ".1f"), ("gating us, measured", "gating_gemm_us", ".1f"),
     ("dispatch us, measured", "dispatch_swiglu_us", ".1f"), ("combine us, measured", "combine_us", ".1f"),
     ("TB/s, measured", "tb_s", ".2f"), ("TFLOP/s, measured", "tflop_s", ",.1f"),
     ("/ floor, measured", "of_floor", ".2f"), ("weights requested / least, counted", "weights_ratio", ".3f"),
@@ -476,7 +562,8 @@ KERNEL_COLUMNS = [
 
 
 def kernels(args, device: torch.device) -> tuple[dict, list[str]]:
-    """A layer for each of BATCHES: compiled, up to 16 tokens emulated; and timed where the device is a gfx950."""
+    """A layer for each of BATCHES: compiled, up to 16 tokens emulated; and timed where the device is a gfx950, with
+    fp8 activations beside its peers, which have those."""
     import gfx950
     import moe_gluon
     on_gfx950 = device.type == "cuda" and moe_gluon.is_supported()
@@ -489,6 +576,7 @@ def kernels(args, device: torch.device) -> tuple[dict, list[str]]:
                                 "hf-bf16" if activations == "bf16" else "openai").experts[0]
     experts.gate_up_input_scale, experts.down_input_scale = 0.02, 0.01  # for static fp8
     packed, layers, rows = moe_gluon.prepare(experts, activations), [], []
+    peers = kernel_peers(experts, top_k) if on_gfx950 and activations == "fp8" else {}
     del experts
     for tokens in weights.progress(BATCHES, "kernels"):
         published, active = PUBLISHED[args.model].get(tokens, (None, round(expected_experts(E, top_k, tokens))))
@@ -505,7 +593,7 @@ def kernels(args, device: torch.device) -> tuple[dict, list[str]]:
                       "others_ratio": sum(row["others_read"] for row in new) / layer["weight_bytes"],
                       "model_us": sum(row["model_us"] for row in new)}
         if on_gfx950:
-            layer |= layer_times(moe_gluon, config, tokens, active, packed, device)
+            layer |= layer_times(moe_gluon, config, tokens, active, packed, peers, device)
             us = layer["moe_us"]
             layer |= {"tb_s": layer["weight_bytes"] / us / 1e6, "tflop_s": layer["flop"] / us / 1e6,
                       "of_floor": us / layer["floor_us"]}

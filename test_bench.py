@@ -120,7 +120,7 @@ def test_pinned_routing(tokens, active, first):
     (["--checkpoint", "nowhere"], 1, "nowhere/config.json: No such file"),
     (["--activations", "fp8"], 1, "needs the static input scales of a Quark checkpoint"),
     (["--input", "9000"], 1, "prompt 0 is too long"),
-    (["--peer", "openai"], 1, "--peer openai loads openai; "),
+    (["--peer", "openai"], 1, "--peer openai loads openai, random; "),
 ])
 def test_errors_are_one_line(argv, code, message, capsys):
     try:
@@ -288,7 +288,17 @@ def test_times_call_every_launcher_with_every_expert(small_layer, monkeypatch):
     config, repeated = config_of("tiny"), []
     monkeypatch.setattr("triton.testing.do_bench_cudagraph", lambda call: repeated.append(call() + call()) or 1.0)
     packed = moe_gluon.prepare(bench.random_checkpoint(config, "cpu").experts[0], "mxfp8")
+    peers = {"peer": lambda x, router_weight, router_bias: x @ router_weight.mT + router_bias}
     with gfx950.emulate():
-        times = bench.layer_times(moe_gluon, config, 1, 4, packed, torch.device("cpu"))
-    assert times == dict.fromkeys(["moe_us", "gating_gemm_us", "dispatch_swiglu_us", "combine_us"], 1e3 / 4)
-    assert [len(results) for results in repeated] == [8] * 4  # 16 experts, 4 at a time, twice
+        times = bench.layer_times(moe_gluon, config, 1, 4, packed, peers, torch.device("cpu"))
+    names = ["moe_us", "gating_gemm_us", "dispatch_swiglu_us", "combine_us", "peer_us"]
+    assert times == dict.fromkeys(names, 1e3 / 4)
+    assert [len(results) for results in repeated] == [8] * 5  # 16 experts, 4 at a time, twice
+
+
+def test_kernel_peers_that_are_not_installed_are_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "triton_kernels", None)
+    monkeypatch.setitem(sys.modules, "tokenspeed_kernel_amd", None)
+    assert bench.kernel_peers(None, 4) == {}
+    assert [line.split(":")[1] for line in capsys.readouterr().err.splitlines()] == [
+        " without triton_kernels", " without tokenspeed"]
