@@ -41,7 +41,7 @@ from weights import Checkpoint, CheckpointError, Config, Experts
 
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny")
 SIZES = {"20b": (24, 32), "120b": (36, 128)}  # layers, experts; all else is equal
-PROFILED_STEPS = 8
+PROFILED_STEPS, PROFILE_ROWS = 8, 15
 
 # MI355X (AMD's data sheet): bytes/s, and dense FLOP/s by the wider operand of the matrix instruction
 MI355_BANDWIDTH = 8e12
@@ -372,8 +372,9 @@ OPERATOR_COLUMNS = [("operator", "operator", ""), ("calls a step", "calls", "g")
 
 
 def profile(args, device: torch.device) -> tuple[dict, list[str]]:
-    """Mean of a few decode steps of one sequence. On a GPU by kernel, and what is left of a step that was timed without
-    the profiler is the GPU waiting; on a CPU by operator, and what is left is Python, both slower for being watched."""
+    """Mean of a few decode steps of one sequence, by operator. On a GPU an operator's time is its kernels', and what is
+    left of a step that was timed without the profiler is the GPU waiting for the host; on a CPU it is the operator's
+    own, and what is left is Python, both slower for being watched."""
     system, gpu = build(args, device)[0], device.type == "cuda"
     prompt = random.Random(args.seed).choices(range(system.model.config.vocab_size), k=args.input)
     stream = system.stream([prompt], 3 + 2 * PROFILED_STEPS)
@@ -389,14 +390,20 @@ def profile(args, device: torch.device) -> tuple[dict, list[str]]:
     with torch.profiler.profile() as watched:
         slower = step_us(PROFILED_STEPS)
     step, spent = (step, "self_device_time_total") if gpu else (slower, "self_cpu_time_total")
-    rows = [(e.key[:60], e.count / PROFILED_STEPS, getattr(e, spent) / PROFILED_STEPS)
-            for e in watched.key_averages() if gpu != (e.device_type.name == "CPU")]
+    events = [(e.key, e.count / PROFILED_STEPS, getattr(e, spent) / PROFILED_STEPS, e.device_type.name == "CPU")
+              for e in watched.key_averages()]
+    rows = [(key, count, us) for key, count, us, operator in events if operator and us > 0]
+    if gpu:  # Triton launches kernels without an operator
+        loose = sum(us for *_, us, operator in events if not operator) - sum(us for *_, us in rows)
+        rows.append(("(kernels of no operator)", 0, max(0.0, loose)))
     rows.append(("(the GPU waits)" if gpu else "(Python)", 0, max(0.0, step - sum(us for *_, us in rows))))
-    rows = [{"operator": key, "calls": calls, "us": us, "share": us / step}
-            for key, calls, us in sorted(rows, key=lambda row: -row[2])]
+    rows = [{"operator": key, "calls": count, "us": us, "share": us / step}
+            for key, count, us in sorted(rows, key=lambda row: -row[2])]
+    shown, rest = rows[:PROFILE_ROWS], rows[PROFILE_ROWS:]
+    others = {"operator": f"{len(rest)} others"} | {key: sum(row[key] for row in rest) for key in ("us", "share")}
     return {"step": step / 1e3, "rows": rows}, [
         f"{Path(args.checkpoint).name}; {device_name(device)}; a decode step of one sequence after {args.input} "
-        f"tokens: {step / 1e3:.2f} ms", table(OPERATOR_COLUMNS, rows),
+        f"tokens: {step / 1e3:.2f} ms", table(OPERATOR_COLUMNS, [*shown, others]),
         "The three biggest: " + ", ".join(f"{row['operator']} {row['share']:.0%}" for row in rows[:3])]
 
 
@@ -427,12 +434,12 @@ def pinned(config: Config, tokens: int, active: int, first: int, device) -> tupl
     return x, router, torch.zeros(E, dtype=torch.bfloat16, device=device)
 
 
-def tile(moe_gluon, kernel: str, packed, tokens: int, top_k: int) -> str | None:
+def tile(moe_gluon, kernel: str, packed) -> str | None:
     """Rows x columns of an expert GEMM's workgroup. No other function knows how moe_gluon describes its tiles."""
     if kernel.startswith("prefill_"):
         return "128 x 256"
     if kernel.startswith(("dispatch_", "combine_")):
-        g = moe_gluon.gemm(kernel.partition("_")[0], packed, tokens, top_k)
+        g = moe_gluon.gemm(kernel.partition("_")[0], packed)
         return f"{g.BM} x {g.BN}"
 
 
@@ -585,7 +592,7 @@ def kernels(args, device: torch.device) -> tuple[dict, list[str]]:
         emulated = tokens <= EMULATED and not on_gfx950
         with gfx950.emulate() if emulated else gfx950.compile_only() as gpu:
             moe_gluon.moe(*pinned(config, tokens, active, 0, device), packed, top_k)
-        new = [{"tokens": tokens, "tile": tile(moe_gluon, launch.name, packed, tokens, top_k)} |
+        new = [{"tokens": tokens, "tile": tile(moe_gluon, launch.name, packed)} |
                launch_row(gfx950, launch) for launch in gpu.launches]
         layer["launches"] = len(new)
         if emulated:

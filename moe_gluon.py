@@ -1313,27 +1313,24 @@ class Routing:
     top_k: int
 
 
-def gemm(kernel: str, packed: PackedExperts, tokens: int, top_k: int) -> Gemm:
-    """The tile of "dispatch" or "combine". Figures are for 120b (H = I = 2880, 4 of 128 experts), mxfp8, triton 3.7.1.
-    Raises ValueError for an inner size beyond the registers."""
-    f, w = FORMATS[packed.activations], packed.gate_up if kernel == "dispatch" else packed.down
+def gemm(kernel: str, packed: PackedExperts) -> Gemm:
+    """The decode tile of "dispatch" or "combine". Figures are for 120b (H = I = 2880, 4 of 128 experts), mxfp8, triton
+    3.7.1. Raises ValueError for an inner size beyond the registers."""
+    f = FORMATS[packed.activations]
     bf16 = f.weights == torch.bfloat16  # 4 times the bytes a column: half the columns or steps for the same flight
-    BM, BN, waves = 16, 32 if bf16 else 64, 4
-    columns = BN
-    if tokens <= DECODE_TOKENS and kernel == "dispatch":
+    if kernel == "dispatch":
         # 64 columns are one scale group of h, and 360 workgroups at one token. All 6 steps of a wave are in flight, 28
         # KB: 186 registers, 2 workgroups a CU
-        ahead = 3 if bf16 else 6
-    elif tokens <= DECODE_TOKENS:
-        # 8 columns are 360 workgroups, with half of each operand's lanes off; 16 would leave 76 of 256 CUs without
-        # work. 8 waves x 3 steps are all of K, so an expert takes 42 registers and 4 are in flight: 8 KB a wave, 66 KB
-        # a workgroup, 202 registers, 2 workgroups a CU
-        BN, columns, waves = 16, 8, 8
-        steps, most = triton.cdiv(w.K, waves * STEP.value), 6 if bf16 else 12
-        if steps > most:
-            raise ValueError(f"inner size {w.K}: combine holds an expert's steps, up to {most * waves * STEP.value}")
-        ahead = min(4, most // steps)
-    return Gemm(*shape(f, w), BM, BN, columns, waves, ahead)
+        columns, ahead = (32, 3) if bf16 else (64, 6)
+        return Gemm(*shape(f, packed.gate_up), 16, columns, columns, 4, ahead)
+    # 8 columns are 360 workgroups, with half of each operand's lanes off; 16 would leave 76 of 256 CUs without work. 8
+    # waves x 3 steps are all of K, so an expert takes 42 registers and 4 are in flight: 8 KB a wave, 66 KB a workgroup,
+    # 202 registers, 2 workgroups a CU
+    w, waves, most = packed.down, 8, 6 if bf16 else 12
+    steps = triton.cdiv(w.K, waves * STEP.value)
+    if steps > most:
+        raise ValueError(f"inner size {w.K}: combine holds an expert's steps, up to {most * waves * STEP.value}")
+    return Gemm(*shape(f, w), 16, 16, 8, waves, min(4, most // steps))
 
 
 def slices(packed: PackedExperts, w: PackedWeight) -> Slices:
@@ -1394,7 +1391,7 @@ def dispatch_swiglu(routing: Routing, packed: PackedExperts, swiglu_limit: float
     arguments = (routing.x, routing.x_scale, w.data, w.scale, w.bias, routing.tiles, routing.num_tiles, routing.rows, h,
                  h_scale, w.input_scale, packed.down.input_scale, swiglu_limit, slots)
     if T <= DECODE_TOKENS:
-        g = gemm("dispatch", packed, T, routing.top_k)
+        g = gemm("dispatch", packed)
         dispatch_kernel[w.N // g.BN, len(routing.tiles)](*arguments, g, num_warps=g.WAVES)
     else:
         g = slices(packed, w)
@@ -1409,7 +1406,7 @@ def combine(h, h_scale, routing: Routing, packed: PackedExperts) -> torch.Tensor
     out = torch.empty(T, w.N, dtype=torch.bfloat16, device=h.device)
     inputs = h, h_scale, w.data, w.scale, w.bias, routing.tiles, routing.num_tiles, routing.rows
     if T <= DECODE_TOKENS:
-        g = gemm("combine", packed, T, routing.top_k)
+        g = gemm("combine", packed)
         grid = (triton.cdiv(g.padded // g.COLUMNS, XCDS.value) * XCDS.value,)
         combine_kernel[grid](*inputs, routing.chosen, routing.gates, out, T, w.input_scale, routing.top_k, slots,
                              DECODE_TOKENS, g, num_warps=g.WAVES)

@@ -246,7 +246,7 @@ def test_transformers_with_random_weights(capsys):
 def test_profile(capsys):
     assert bench.main(["--profile", "--input", "8"]) == 0
     out = capsys.readouterr().out
-    assert "| aten::addmm |" in out and "| (Python) |" in out
+    assert "| aten::addmm |" in out and "| (Python) |" in out and " others | - |" in out
     result = run(["--profile", "--input", "8"], capsys)
     assert sum(row["share"] for row in result["rows"]) == pytest.approx(1)
     assert sum(row["us"] for row in result["rows"]) == pytest.approx(1e3 * result["step"])

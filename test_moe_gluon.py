@@ -168,7 +168,7 @@ def test_moe_refuses_what_the_kernels_do_not_take():
     assert moe(x[:0], router_weight, router_bias, packed, 2).shape == (0, 64)
     packed.down.K = 16384
     with pytest.raises(ValueError, match="inner size 16384"):
-        moe_gluon.gemm("combine", packed, 1, 2)
+        moe_gluon.gemm("combine", packed)
 
 
 # -- routing ----------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_full_size(T, activations):
     run(T, 8, 2880, 2880, 4, activations)
 
 
-@pytest.mark.parametrize("T, activations", [(17, "mxfp8"), slow(64, "bf16"), slow(129, "fp8")])
+@pytest.mark.parametrize("T, activations", [(17, "mxfp8"), slow(64, "bf16"), slow(129, "fp8"), slow(512, "mxfp8")])
 def test_prefill_at_full_size(T, activations):
     """H = I = 2880, every row through each of 4 experts."""
     run(T, 4, 2880, 2880, 4, activations)
