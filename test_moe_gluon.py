@@ -33,7 +33,8 @@ SAME_ROUNDINGS = 1e-3
 # more where they cancel. The contract, against the plain oracle, leaves room up to C = 5.
 CONTRACT = 4e-3
 # triton 3.9.0, which the kernels run under as well, compiles the prefill kernels with spills
-pinned_compiler = pytest.mark.skipif(not triton.__version__.startswith("3.7."), reason="registers of triton 3.7.1")
+PINNED = triton.__version__.startswith("3.7.")
+pinned_compiler = pytest.mark.skipif(not PINNED, reason="registers of triton 3.7.1")
 ORACLE = ("bf16", "fp8", "mxfp8", "mxfp4")  # formats the oracle knows; e5m2 has its own below
 
 
@@ -517,7 +518,6 @@ def placeholder(E, activations, H=2880, inner=2880) -> PackedExperts:
     return PackedExperts(weight(2 * inner, H), weight(H, inner), activations, torch.zeros(1, dtype=torch.int32))
 
 
-@pinned_compiler
 @pytest.mark.parametrize("E", [32, 128])
 @pytest.mark.parametrize("activations", FORMATS)
 def test_profiles(activations, E):
@@ -531,6 +531,8 @@ def test_profiles(activations, E):
         assert len(gpu.launches) == (3 if T <= DECODE_TOKENS else 6)
         for launch in gpu.launches:
             p = launch.profile
+            if not PINNED and launch.name.startswith("prefill_"):
+                continue
             assert p["sgpr_spills"] == p["vgpr_spills"] == p["scratch"] == 0, f"{launch.name} at {T}: {p}"
             assert p["lds"] <= 80 * 1024 and p["occupancy"] >= 2, f"{launch.name}: {p}"
 
