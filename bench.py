@@ -494,7 +494,7 @@ def triton_kernels_peer(experts, top_k: int) -> Callable:
 
 
 def tokenspeed_peer(experts, top_k: int) -> Callable:
-    """TokenSpeed's Gluon kernels for gfx950 (package tokenspeed-kernel-amd), static e4m3 activations. -> layer, as above."""
+    """TokenSpeed's Gluon kernels for gfx950 (tokenspeed-kernel-amd), static e4m3 activations. -> layer, as above."""
     from tokenspeed_kernel_amd.ops.gfx950.moe.mxfp4 import weight_preprocess
     from tokenspeed_kernel_amd.ops.gfx950.moe.mxfp4.fused import gluon_mxfp_fused_moe
     theirs = torch.nn.Module()
