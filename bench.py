@@ -257,6 +257,7 @@ def openai_peer(checkpoint: str, raw: dict, device, dtype) -> System:
     sequence, and the sequences take turns."""
     from gpt_oss.torch.model import ModelConfig, Transformer
     if checkpoint.startswith("random:"):
+        # YaRN's constants are named otherwise; theirs by default are the published ones
         values = raw | {"num_experts": raw["num_local_experts"], "experts_per_token": raw["num_experts_per_tok"]}
         values = {field.name: values[field.name] for field in dataclasses.fields(ModelConfig) if field.name in values}
         model = Transformer(ModelConfig(**values), device)
@@ -403,7 +404,7 @@ def profile(args, device: torch.device) -> tuple[dict, list[str]]:
     others = {"operator": f"{len(rest)} others"} | {key: sum(row[key] for row in rest) for key in ("us", "share")}
     return {"step": step / 1e3, "rows": rows}, [
         f"{Path(args.checkpoint).name}; {device_name(device)}; a decode step of one sequence after {args.input} "
-        f"tokens: {step / 1e3:.2f} ms", table(OPERATOR_COLUMNS, [*shown, others]),
+        f"tokens: {step / 1e3:.2f} ms", table(OPERATOR_COLUMNS, shown + [others] * bool(rest)),
         "The three biggest: " + ", ".join(f"{row['operator']} {row['share']:.0%}" for row in rows[:3])]
 
 
@@ -459,8 +460,8 @@ def launch_row(gfx950, launch) -> dict:
 
 
 def triton_kernels_peer(experts, top_k: int) -> Callable:
-    """OpenAI's Triton kernels (Triton's repository, python/triton_kernels), with static e4m3 activations: with bf16
-    ones they do not compile for gfx950 up to 1024 tokens. -> layer(x, router_weight, router_bias) -> [T, H]."""
+    """OpenAI's Triton kernels (Triton's repository, python/triton_kernels, as of triton 3.8), with static e4m3
+    activations: with bf16 ones they do not compile for gfx950 in the tiles of up to 1024 tokens. -> layer(x, router_weight, router_bias) -> [T, H]."""
     from triton_kernels.matmul import FlexCtx, FnSpecs, FusedActivation, PrecisionConfig, matmul
     from triton_kernels.numerics import InFlexData, OutFlexData
     from triton_kernels.swiglu import swiglu_fn
@@ -644,7 +645,8 @@ def arguments() -> argparse.ArgumentParser:
     versus("--peer", choices=PEERS, help="compare with another implementation")
     add("--plot", metavar="FILE.svg", help="draw TPOT over concurrency")
     add("--profile", action="store_true", help="a decode step by operator")
-    add("--kernels", action="store_true", help="the gfx950 kernels of one MoE layer")
+    add("--kernels", action="store_true", help="the gfx950 kernels of one MoE layer; on a gfx950 and with "
+        "--activations fp8, triton_kernels and TokenSpeed beside them")
     add("--model", default="120b", choices=SIZES, help="whose layer --kernels takes (default: 120b)")
     add("--json", action="store_true", help="print JSON instead of tables")
     return parser

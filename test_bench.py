@@ -2,6 +2,7 @@
 import argparse
 import itertools
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -247,6 +248,10 @@ def test_profile(capsys):
     assert bench.main(["--profile", "--input", "8"]) == 0
     out = capsys.readouterr().out
     assert "| aten::addmm |" in out and "| (Python) |" in out and " others | - |" in out
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")][2:5]
+    biggest = ", ".join(f"{operator} {float(share[:-1]):.0f}%" for operator, *_, share in rows)
+    found = re.sub(r"\d+%", "%", out.splitlines()[-1])  # shares are rounded once there, twice here
+    assert found == "The three biggest: " + re.sub(r"\d+%", "%", biggest)
     result = run(["--profile", "--input", "8"], capsys)
     assert sum(row["share"] for row in result["rows"]) == pytest.approx(1)
     assert sum(row["us"] for row in result["rows"]) == pytest.approx(1e3 * result["step"])
