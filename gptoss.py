@@ -10,6 +10,7 @@ https://github.com/openai/harmony. Shape letters:
     H  hidden size        I  intermediate size     E  experts        V  vocabulary
     N  query heads        G  key/value heads       D  head dim       L  keys a query may see
 """
+
 import argparse
 import codecs
 import collections
@@ -35,17 +36,28 @@ from weights import MX_GROUP, CheckpointError, Config, Experts
 PAGE_SIZE = 16  # tokens of a KV page
 MAX_BATCH = 64  # sequences that decode together
 PREFILL_TOKENS = 1024  # tokens of a prompt that run together
-PREFILL_SCORES = 1 << 26  # heads x queries x keys: fewer tokens run together where a layer's scores would be more
-DENSE_ROWS, DENSE_BYTES = 64, 1 << 24  # (token, slot) pairs that meet all experts, if a layer's first GEMM is so small
+PREFILL_SCORES = (
+    1 << 26
+)  # heads x queries x keys: fewer tokens run together where a layer's scores would be more
+DENSE_ROWS, DENSE_BYTES = (
+    64,
+    1 << 24,
+)  # (token, slot) pairs that meet all experts, if a layer's first GEMM is so small
 EXPAND_BELOW = 1 << 30  # bytes: the experts of a model this small are dequantised once, at load
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
-SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) approximates the normal distribution's CDF (the GELU paper, section 2)
+SWIGLU_ALPHA = (
+    1.702  # sigmoid(1.702 x) approximates the normal distribution's CDF (the GELU paper, section 2)
+)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Number formats (OCP Microscaling Formats v1.0)
 
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # value of each fp4 code
-E8M0 = torch.ldexp(torch.ones(256), torch.arange(256) - 127)  # value of each scale byte: 2^(s - 127)
+E2M1 = torch.tensor(
+    [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+)  # value of each fp4 code
+E8M0 = torch.ldexp(
+    torch.ones(256), torch.arange(256) - 127
+)  # value of each scale byte: 2^(s - 127)
 E8M0[255] = math.nan
 
 
@@ -54,7 +66,9 @@ def dequantise_mxfp4(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     [..., K]."""
     codes = torch.arange(256, device=packed.device)
     pairs = E2M1.to(packed.device)[torch.stack([codes & 15, codes >> 4], dim=1)]  # [256, 2]
-    values = F.embedding(packed.int(), pairs).view(*scale.shape, MX_GROUP)  # [..., K/2, 2] -> [..., K/32, 32]
+    values = F.embedding(packed.int(), pairs).view(
+        *scale.shape, MX_GROUP
+    )  # [..., K/2, 2] -> [..., K/32, 32]
     return (values * F.embedding(scale.int(), E8M0.to(packed.device)[:, None])).flatten(-2)
 
 
@@ -64,9 +78,13 @@ def quantise_mx(x: torch.Tensor, activations: str) -> torch.Tensor:
     largest_exponent, largest = (8, 448.0) if activations == "mxfp8" else (2, 6.0)
     groups = x.unflatten(-1, (-1, MX_GROUP))  # [..., K/32, 32]
     bits = groups.abs().amax(-1, keepdim=True).view(torch.int32)
-    exponent = ((bits >> 23) - 127 - largest_exponent).clamp(-127, 127)  # float32's own exponent field is the floor
+    exponent = ((bits >> 23) - 127 - largest_exponent).clamp(
+        -127, 127
+    )  # float32's own exponent field is the floor
     scaled = torch.ldexp(groups, -exponent).clamp(-largest, largest)
-    rounded = scaled.to(torch.float8_e4m3fn).float() if activations == "mxfp8" else round_e2m1(scaled)
+    rounded = (
+        scaled.to(torch.float8_e4m3fn).float() if activations == "mxfp8" else round_e2m1(scaled)
+    )
     return torch.ldexp(rounded, exponent).flatten(-2)
 
 
@@ -84,8 +102,16 @@ def quantise_fp8(x: torch.Tensor, scale: float) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # Mixture of experts
 
-def moe_reference(x, router_weight, router_bias, experts: Experts, top_k: int, activations: str = "bf16",
-                  swiglu_limit: float = 7.0) -> torch.Tensor:
+
+def moe_reference(
+    x,
+    router_weight,
+    router_bias,
+    experts: Experts,
+    top_k: int,
+    activations: str = "bf16",
+    swiglu_limit: float = 7.0,
+) -> torch.Tensor:
     """The MoE layer as equations: the path of every device without its own kernels, and the kernels' oracle.
 
     x [T, H]; router_weight [E, H], router_bias [E] -> [T, H] in x's dtype; float32 in between. `activations` is what
@@ -94,43 +120,68 @@ def moe_reference(x, router_weight, router_bias, experts: Experts, top_k: int, a
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations={activations!r}, expected one of {', '.join(ACTIVATIONS)}")
     if activations == "fp8" and experts.gate_up_input_scale is None:
-        raise ValueError("activations='fp8' needs the static input scales of a Quark checkpoint; use mxfp8")
+        raise ValueError(
+            "activations='fp8' needs the static input scales of a Quark checkpoint; use mxfp8"
+        )
 
     # router: the top_k largest logits of each token, the smaller expert id first where they tie
     logits = F.linear(x.float(), router_weight.float(), router_bias.float())  # [T, E]
     logits, chosen = logits.sort(dim=-1, descending=True, stable=True)
     gate_weight, chosen = logits[:, :top_k].softmax(-1), chosen[:, :top_k]  # [T, k]
     x_in = as_seen(x, activations, experts.gate_up_input_scale)
-    if experts.gate_up_weight.dtype == torch.float32 and dense_is_cheaper(len(x), top_k, experts.gate_up_weight):
+    if experts.gate_up_weight.dtype == torch.float32 and dense_is_cheaper(
+        len(x), top_k, experts.gate_up_weight
+    ):
         return moe_dense(x, x_in, gate_weight, chosen, experts, activations, swiglu_limit)
     expert, order = chosen.flatten().sort(stable=True)  # rows: the (token, slot) pairs, by expert
-    runs = list(collections.Counter(expert.tolist()).items())  # (expert, how many rows), as they lie
+    runs = list(
+        collections.Counter(expert.tolist()).items()
+    )  # (expert, how many rows), as they lie
 
     # dispatch: gather the rows, first GEMM, SwiGLU
     x_in = F.embedding(order // top_k, x_in)  # [T*k, H]
-    h = expert_linear(x_in, runs, experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias)
+    h = expert_linear(
+        x_in, runs, experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias
+    )
     h = swiglu(h, swiglu_limit)  # [T*k, 2I] -> [T*k, I]
 
     # combine: second GEMM, back to the order of the tokens, weighted sum over the k slots
-    h = as_seen(h.to(x.dtype) if activations == "bf16" else h, activations, experts.down_input_scale)
+    h = as_seen(
+        h.to(x.dtype) if activations == "bf16" else h, activations, experts.down_input_scale
+    )
     y = expert_linear(h, runs, experts.down_weight, experts.down_scale, experts.down_bias)
-    y = torch.empty_like(y).index_copy_(0, order, y).view(*gate_weight.shape, -1)  # [T*k, H] -> [T, k, H]
+    y = (
+        torch.empty_like(y).index_copy_(0, order, y).view(*gate_weight.shape, -1)
+    )  # [T*k, H] -> [T, k, H]
     return (y * gate_weight[..., None]).sum(1).to(x.dtype)
 
 
-def moe_dense(x, x_in, gate_weight, chosen, experts: Experts, activations: str, swiglu_limit: float) -> torch.Tensor:
+def moe_dense(
+    x, x_in, gate_weight, chosen, experts: Experts, activations: str, swiglu_limit: float
+) -> torch.Tensor:
     """The same for few tokens of a small model, whose experts are in cache and mostly chosen anyway: all experts
     compute all tokens, two batched GEMMs, and the gate weight of an expert that was not chosen is 0."""
-    gate = torch.zeros(len(x), len(experts.down_bias), device=x.device).scatter_(1, chosen, gate_weight)  # [T, E]
-    h = torch.baddbmm(experts.gate_up_bias[:, None], x_in.expand(gate.shape[1], *x.shape), experts.gate_up_weight.mT)
+    gate = torch.zeros(len(x), len(experts.down_bias), device=x.device).scatter_(
+        1, chosen, gate_weight
+    )  # [T, E]
+    h = torch.baddbmm(
+        experts.gate_up_bias[:, None],
+        x_in.expand(gate.shape[1], *x.shape),
+        experts.gate_up_weight.mT,
+    )
     h = swiglu(h, swiglu_limit)  # [E, T, 2I] -> [E, T, I]
-    h = as_seen(h.to(x.dtype) if activations == "bf16" else h, activations, experts.down_input_scale)
+    h = as_seen(
+        h.to(x.dtype) if activations == "bf16" else h, activations, experts.down_input_scale
+    )
     y = torch.baddbmm(experts.down_bias[:, None], h, experts.down_weight.mT)  # [E, T, H]
     return (y * gate.T[..., None]).sum(0).to(x.dtype)
 
 
 def dense_is_cheaper(tokens: int, top_k: int, weight: torch.Tensor) -> bool:
-    return len(weight) <= tokens * top_k <= DENSE_ROWS and weight.numel() * weight.itemsize <= DENSE_BYTES
+    return (
+        len(weight) <= tokens * top_k <= DENSE_ROWS
+        and weight.numel() * weight.itemsize <= DENSE_BYTES
+    )
 
 
 def swiglu(h: torch.Tensor, limit: float) -> torch.Tensor:
@@ -143,7 +194,11 @@ def as_seen(x: torch.Tensor, activations: str, static_scale: float | None) -> to
     """x as an expert GEMM sees it, in float32: itself, or rounded to a format."""
     if activations == "bf16":
         return x.float()
-    return quantise_fp8(x.float(), static_scale) if activations == "fp8" else quantise_mx(x.float(), activations)
+    return (
+        quantise_fp8(x.float(), static_scale)
+        if activations == "fp8"
+        else quantise_mx(x.float(), activations)
+    )
 
 
 def expert_linear(x, runs, weight, scale, bias) -> torch.Tensor:
@@ -158,17 +213,25 @@ def expert_linear(x, runs, weight, scale, bias) -> torch.Tensor:
 
 def expand_experts(experts: Experts) -> Experts:
     """The same experts in float32; in memory [E, in, out], as a CPU's GEMM of few rows likes."""
+
     def expand(weight, scale):
         full = weight.float() if scale is None else dequantise_mxfp4(weight, scale)
         return full.mT.contiguous().mT
 
-    return replace(experts, gate_up_weight=expand(experts.gate_up_weight, experts.gate_up_scale), gate_up_scale=None,
-                   down_weight=expand(experts.down_weight, experts.down_scale), down_scale=None,
-                   gate_up_bias=experts.gate_up_bias.float(), down_bias=experts.down_bias.float())
+    return replace(
+        experts,
+        gate_up_weight=expand(experts.gate_up_weight, experts.gate_up_scale),
+        gate_up_scale=None,
+        down_weight=expand(experts.down_weight, experts.down_scale),
+        down_scale=None,
+        gate_up_bias=experts.gate_up_bias.float(),
+        down_bias=experts.down_bias.float(),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Paged KV cache
+
 
 class KVCache:
     """Keys and values in one pool of pages. A page holds `page_size` tokens, for every layer of one kind: layer i of
@@ -182,8 +245,13 @@ class KVCache:
         self.config, self.page_size, self.num_pages, self.peak = config, page_size, num_pages, 0
         self.free = list(range(num_pages, 0, -1))  # page 0 is not given out: it stays zero
         depth = max(config.layer_types.count(kind) for kind in config.layer_types)
-        self.pool = torch.zeros(depth, (1 + num_pages) * page_size, 2 * config.num_key_value_heads * config.head_dim,
-                                device=device, dtype=dtype)  # a slot holds the keys, then the values, of its token
+        self.pool = torch.zeros(
+            depth,
+            (1 + num_pages) * page_size,
+            2 * config.num_key_value_heads * config.head_dim,
+            device=device,
+            dtype=dtype,
+        )  # a slot holds the keys, then the values, of its token
 
     def allocate(self, length: int) -> dict[str, list[int]]:
         """Block tables, by kind, for a sequence that may grow to `length` tokens."""
@@ -201,28 +269,41 @@ class KVCache:
         in ring order. A shorter table is filled up with page 0."""
         size, device, slots = self.page_size, self.pool.device, {}
         for kind, width in pages_needed(self.config, length, size).items():
-            pages = torch.tensor([(table[kind] + [0] * width)[:width] for table in tables], device=device)
-            slots[kind] = F.pad((pages[..., None] * size + torch.arange(size, device=device)).flatten(1), (1, 0))
+            pages = torch.tensor(
+                [(table[kind] + [0] * width)[:width] for table in tables], device=device
+            )
+            slots[kind] = F.pad(
+                (pages[..., None] * size + torch.arange(size, device=device)).flatten(1), (1, 0)
+            )
         return slots
 
 
 def pages_needed(config: Config, length: int, page_size: int) -> dict[str, int]:
     """Pages that `length` tokens need, by kind of layer."""
     full, window = -(-length // page_size), -(-config.sliding_window // page_size)
-    return {kind: full if kind == "full_attention" else min(full, window) for kind in sorted(set(config.layer_types))}
+    return {
+        kind: full if kind == "full_attention" else min(full, window)
+        for kind in sorted(set(config.layer_types))
+    }
 
 
 @dataclass
 class Span:
     """What one kind of layers sees in a step."""
-    read: torch.Tensor  # [S, 1 + C] pool slots: the zeros of slot 0, then the cached tokens in ring order
+
+    read: (
+        torch.Tensor
+    )  # [S, 1 + C] pool slots: the zeros of slot 0, then the cached tokens in ring order
     write: torch.Tensor  # [S, min(Q, C)] pool slots of the new tokens that stay cached: the last C
-    mask: torch.Tensor  # [S, G, M, Q, L] room for the sinks, then 0 where the query sees the key, else -inf
+    mask: (
+        torch.Tensor
+    )  # [S, G, M, Q, L] room for the sinks, then 0 where the query sees the key, else -inf
 
 
 @dataclass
 class Step:
     """The explicit inputs of a forward pass beside its tokens; of fixed shapes if the slots' are."""
+
     pool: torch.Tensor  # of the KV cache, which the pass writes
     cos: torch.Tensor  # [S, Q, N + 2G, D]
     sin: torch.Tensor  # [S, Q, N + 2G, D], negated in the first half
@@ -231,6 +312,7 @@ class Step:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Model
+
 
 @dataclass
 class Layer:
@@ -254,16 +336,21 @@ def rope_tables(config: Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     truncated): pairs that turn often within the initial context keep their frequency, slow ones are interpolated."""
     D, base, context = config.head_dim, config.rope_theta, config.initial_context_length
     frequency = base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)  # [D/2]
-    low, high = (D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
-                 for turns in (config.rope_beta_fast, config.rope_beta_slow))
+    low, high = (
+        D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
+        for turns in (config.rope_beta_fast, config.rope_beta_slow)
+    )
     low, high = max(low, 0), min(high, D - 1)
     slow = ((torch.arange(D // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
     frequency = frequency / config.rope_factor * slow + frequency * (1 - slow)
     concentration = 0.1 * math.log(config.rope_factor) + 1
     turning, G = config.num_attention_heads + config.num_key_value_heads, config.num_key_value_heads
     sign = torch.tensor([-1.0, 1.0]).repeat_interleave(D // 2)  # of sin in rotate's two halves
-    return (F.pad(torch.cat([frequency, frequency]).expand(turning, D), (0, 0, 0, G)),
-            F.pad(torch.full((turning, D), concentration), (0, 0, 0, G), value=1.0), concentration * sign)
+    return (
+        F.pad(torch.cat([frequency, frequency]).expand(turning, D), (0, 0, 0, G)),
+        F.pad(torch.full((turning, D), concentration), (0, 0, 0, G), value=1.0),
+        concentration * sign,
+    )
 
 
 def rotate(x: torch.Tensor, step: Step) -> torch.Tensor:
@@ -279,48 +366,77 @@ def gluon_for(device: torch.device):
     import triton
 
     import moe_gluon
+
     if not moe_gluon.is_supported():
         return None
     # a driver that does not say where its tensors live is an emulator's
-    owner = getattr(triton.runtime.driver.active, "get_active_torch_device", lambda: torch.device("cpu"))()
+    owner = getattr(
+        triton.runtime.driver.active, "get_active_torch_device", lambda: torch.device("cpu")
+    )()
     return moe_gluon if owner.type == device.type else None
 
 
 class GPTOSS:
     """A GPT-OSS model with its weights, and the engine that generates with it."""
 
-    def __init__(self, checkpoint: weights.Checkpoint, device="cpu", dtype: torch.dtype | None = None,
-                 moe: str = "auto", activations: str = "auto"):
+    def __init__(
+        self,
+        checkpoint: weights.Checkpoint,
+        device="cpu",
+        dtype: torch.dtype | None = None,
+        moe: str = "auto",
+        activations: str = "auto",
+    ):
         self.config, self.layout = checkpoint.config, checkpoint.layout
         try:
             self.device = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+            raise ValueError(
+                f"device={device!r} cannot be used here: {str(error).splitlines()[0]}"
+            ) from error
         if moe not in ("auto", "torch", "gluon"):
             raise ValueError(f"moe={moe!r}, expected auto, torch or gluon")
-        self.gluon = None if moe == "torch" else gluon_for(self.device)  # moe_gluon where it can run
+        self.gluon = (
+            None if moe == "torch" else gluon_for(self.device)
+        )  # moe_gluon where it can run
         if moe == "gluon" and not self.gluon:
-            raise ValueError(f"moe='gluon' needs Triton with an active gfx950 (MI350, MI355 or emulated) that owns "
-                             f"device {self.device}; use moe='torch'")
-        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" and not self.gluon else torch.bfloat16)
+            raise ValueError(
+                f"moe='gluon' needs Triton with an active gfx950 (MI350, MI355 or emulated) that owns "
+                f"device {self.device}; use moe='torch'"
+            )
+        self.dtype = dtype or (
+            torch.float32 if self.device.type == "cpu" and not self.gluon else torch.bfloat16
+        )
         if self.gluon and self.dtype != torch.bfloat16:
             raise ValueError(f"moe='gluon' computes in bfloat16, not in {self.dtype}")
         if activations not in ("auto", *ACTIVATIONS):
-            raise ValueError(f"activations={activations!r}, expected auto or one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"activations={activations!r}, expected auto or one of {', '.join(ACTIVATIONS)}"
+            )
         if activations == "fp8" and self.layout != "quark":
-            raise ValueError(f"activations='fp8' needs the static input scales of a Quark checkpoint, this one is "
-                             f"{self.layout}; use mxfp8")
-        if activations == "auto":  # the kernels multiply mxfp4 weights with 8-bit activations at least
+            raise ValueError(
+                f"activations='fp8' needs the static input scales of a Quark checkpoint, this one is "
+                f"{self.layout}; use mxfp8"
+            )
+        if (
+            activations == "auto"
+        ):  # the kernels multiply mxfp4 weights with 8-bit activations at least
             packed = "mxfp8" if self.gluon else "bf16"
             activations = {"quark": "fp8", "hf-bf16": "bf16"}.get(self.layout, packed)
         self.activations = activations
         self.load(checkpoint)
-        self.frequencies, self.cos_scale, self.sin_scale = (t.to(self.device) for t in rope_tables(self.config))
-        self.root_eps = torch.tensor(self.config.hidden_size * self.config.rms_norm_eps, device=self.device).sqrt()
+        self.frequencies, self.cos_scale, self.sin_scale = (
+            t.to(self.device) for t in rope_tables(self.config)
+        )
+        self.root_eps = torch.tensor(
+            self.config.hidden_size * self.config.rms_norm_eps, device=self.device
+        ).sqrt()
         self.cache: KVCache | None = None  # of the latest generation
 
     @classmethod
-    def from_pretrained(cls, path, device="cpu", dtype=None, moe="auto", activations="auto") -> "GPTOSS":
+    def from_pretrained(
+        cls, path, device="cpu", dtype=None, moe="auto", activations="auto"
+    ) -> "GPTOSS":
         """Loads the checkpoint folder `path`. dtype None: bfloat16, but float32 on the torch path of a CPU. moe "auto":
         "gluon" where a gfx950 is Triton's active device, else "torch". activations "auto": "fp8" for Quark's layout;
         else "mxfp8" where the kernels meet mxfp4 weights, "bf16" otherwise. Raises weights.CheckpointError for a bad
@@ -331,19 +447,34 @@ class GPTOSS:
         """Moves the weights to the device, a layer at a time. Experts are packed anew for the kernels; for the torch
         path they stay as they are, unless all of them are small."""
         c, dense = self.config, checkpoint.dense
-        expanded = 3 * c.num_hidden_layers * c.num_local_experts * c.hidden_size * c.intermediate_size
+        expanded = (
+            3 * c.num_hidden_layers * c.num_local_experts * c.hidden_size * c.intermediate_size
+        )
         expand = 4 * expanded <= EXPAND_BELOW
-        self.embedding, self.unembedding = (dense[n].to(self.device, self.dtype) for n in ("embedding", "unembedding"))
+        self.embedding, self.unembedding = (
+            dense[n].to(self.device, self.dtype) for n in ("embedding", "unembedding")
+        )
         self.norm = dense["norm"].to(self.device, torch.float32) * c.hidden_size**0.5
         self.layers = []
         for n in weights.progress(range(c.num_hidden_layers), f"to {self.device}"):
             named = {f.name: dense[f"{n}.{f.name}"] for f in fields(Layer)[2:-1]}
-            named = {k: t.to(self.device, torch.float32) * c.hidden_size**0.5 if "norm" in k else
-                     t.to(self.device, self.dtype) for k, t in named.items()}
-            named = {k: t.mT.contiguous().mT if t.dim() == 2 and expand else t for k, t in named.items()}
-            experts = replace(checkpoint.experts[n], **{
-                f.name: t.to(self.device) for f in fields(Experts)
-                if isinstance(t := getattr(checkpoint.experts[n], f.name), torch.Tensor)})
+            named = {
+                k: t.to(self.device, torch.float32) * c.hidden_size**0.5
+                if "norm" in k
+                else t.to(self.device, self.dtype)
+                for k, t in named.items()
+            }
+            named = {
+                k: t.mT.contiguous().mT if t.dim() == 2 and expand else t for k, t in named.items()
+            }
+            experts = replace(
+                checkpoint.experts[n],
+                **{
+                    f.name: t.to(self.device)
+                    for f in fields(Experts)
+                    if isinstance(t := getattr(checkpoint.experts[n], f.name), torch.Tensor)
+                },
+            )
             if self.gluon:
                 experts = self.gluon.prepare(experts, self.activations)
             elif expand:
@@ -370,8 +501,15 @@ class GPTOSS:
 
     def moe(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
         moe = self.gluon.moe if self.gluon else moe_reference
-        return moe(x, layer.router_weight, layer.router_bias, layer.experts, self.config.num_experts_per_tok,
-                   self.activations, self.config.swiglu_limit)
+        return moe(
+            x,
+            layer.router_weight,
+            layer.router_bias,
+            layer.experts,
+            self.config.num_experts_per_tok,
+            self.activations,
+            self.config.swiglu_limit,
+        )
 
     def attention(self, x: torch.Tensor, layer: Layer, step: Step) -> torch.Tensor:
         """Grouped-query attention with sinks, over the cached tokens and the step's own. x [T, H] -> [T, H].
@@ -386,9 +524,11 @@ class GPTOSS:
         qkv = rotate(qkv, step)
         q, new = qkv[:, :, :N], qkv[:, :, N:].flatten(2)  # [S, Q, N, D], [S, Q, 2*G*D]
         past = F.embedding(span.read, pool) if Q > 1 else None
-        pool[span.write] = new[:, -span.write.shape[1]:]
+        pool[span.write] = new[:, -span.write.shape[1] :]
         # a prompt's chunk may overwrite what its own first queries see: it reads the cache before, decode after
-        keys = torch.cat([past, new], dim=1) if Q > 1 else F.embedding(span.read, pool)  # [S, L, 2*G*D]
+        keys = (
+            torch.cat([past, new], dim=1) if Q > 1 else F.embedding(span.read, pool)
+        )  # [S, L, 2*G*D]
         q = q.view(S, Q, G, M, D).permute(0, 2, 3, 1, 4).reshape(S, G, M * Q, D)
         k, v = keys.view(S, -1, 2, G, D).permute(2, 0, 3, 1, 4)  # [S, G, L, D] each
         span.mask[..., 0] = layer.sinks.view(G, M, 1)
@@ -412,7 +552,9 @@ class GPTOSS:
             distance = positions[:, :, None] - keys  # [S, Q, L - 1]
             window = c.sliding_window if kind == "sliding_attention" else c.max_position_embeddings
             hidden = (distance < 0) | (distance >= window) | (keys < 0)
-            mask = angles.new_zeros(S, G, c.num_attention_heads // G, Q, 1 + keys.shape[-1], dtype=self.dtype)
+            mask = angles.new_zeros(
+                S, G, c.num_attention_heads // G, Q, 1 + keys.shape[-1], dtype=self.dtype
+            )
             mask[..., 1:].masked_fill_(hidden[:, None, None], -math.inf)
             spans[kind] = Span(read, read.gather(1, positions[:, -C:] % C + 1), mask)
         cos, sin = angles.cos() * self.cos_scale, angles.sin() * self.sin_scale
@@ -429,12 +571,16 @@ class GPTOSS:
         hidden = torch.cat(list(self.prefill(cache, tokens, cache.allocate(len(tokens)))))
         return F.linear(hidden, self.unembedding).float()
 
-    def prefill(self, cache: KVCache, tokens: list[int], tables: dict[str, list[int]]) -> Iterator[torch.Tensor]:
+    def prefill(
+        self, cache: KVCache, tokens: list[int], tables: dict[str, list[int]]
+    ) -> Iterator[torch.Tensor]:
         """Runs a prompt through the model in chunks whose score matrix stays bounded; yields hidden states [Q, H]."""
         start = 0
         while start < len(tokens):
             seen = min(start + PREFILL_TOKENS, len(tokens))
-            chunk = min(PREFILL_TOKENS, max(1, PREFILL_SCORES // (self.config.num_attention_heads * seen)))
+            chunk = min(
+                PREFILL_TOKENS, max(1, PREFILL_SCORES // (self.config.num_attention_heads * seen))
+            )
             end = min(start + chunk, len(tokens))
             positions = torch.arange(start, end, device=self.device)[None]
             step = self.step(cache, positions, cache.slots([tables], end))
@@ -448,9 +594,19 @@ class GPTOSS:
             new[index].append(token)
         return new
 
-    def stream(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
-               top_p: float | None = None, seed: int | None = None, stop_tokens=None, num_pages: int | None = None,
-               page_size: int = PAGE_SIZE, max_batch: int = MAX_BATCH) -> Iterator[tuple[int, int]]:
+    def stream(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_tokens=None,
+        num_pages: int | None = None,
+        page_size: int = PAGE_SIZE,
+        max_batch: int = MAX_BATCH,
+    ) -> Iterator[tuple[int, int]]:
         """Generates for all prompts at once; yields (prompt index, token) as they come, stop tokens excluded.
 
         temperature 0 is greedy. A prompt's tokens under a `seed` do not depend on its batch. A prompt is admitted,
@@ -458,36 +614,59 @@ class GPTOSS:
         num_pages None: as many as that takes, within the memory of a GPU. Raises ValueError, before anything runs,
         for an argument out of range and for a prompt that is empty, too long or can never have its pages."""
         if max_new_tokens < 0 or page_size < 1 or max_batch < 1:
-            raise ValueError(f"{max_new_tokens=} must not be negative, {page_size=} and {max_batch=} must be positive")
-        if temperature < 0 or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"{temperature=} must not be negative, {top_k=} at least 1, {top_p=} in (0, 1]")
+            raise ValueError(
+                f"{max_new_tokens=} must not be negative, {page_size=} and {max_batch=} must be positive"
+            )
+        if (
+            temperature < 0
+            or top_k is not None
+            and top_k < 1
+            or top_p is not None
+            and not 0 < top_p <= 1
+        ):
+            raise ValueError(
+                f"{temperature=} must not be negative, {top_k=} at least 1, {top_p=} in (0, 1]"
+            )
         for index, prompt in enumerate(prompts):
             self.check_prompt(index, prompt, max_new_tokens)
-        needed = [sum(pages_needed(self.config, len(p) + max_new_tokens, page_size).values()) for p in prompts]
+        needed = [
+            sum(pages_needed(self.config, len(p) + max_new_tokens, page_size).values())
+            for p in prompts
+        ]
         self.cache = None  # of the generation before: its memory is free for this one
         if num_pages is None:
             num_pages = min(sum(sorted(needed)[-max_batch:]), self.pages_that_fit(page_size))
         for index, pages in enumerate(needed):
             if pages > num_pages:
-                raise ValueError(f"prompt {index} needs {pages} pages of {page_size} tokens for "
-                                 f"{len(prompts[index])} tokens and {max_new_tokens} new ones, the pool has {num_pages}"
-                                 "; raise num_pages or lower max_new_tokens")
+                raise ValueError(
+                    f"prompt {index} needs {pages} pages of {page_size} tokens for "
+                    f"{len(prompts[index])} tokens and {max_new_tokens} new ones, the pool has {num_pages}"
+                    "; raise num_pages or lower max_new_tokens"
+                )
         cache = self.cache = KVCache(self.config, num_pages, page_size, self.device, self.dtype)
         waiting = collections.deque()
         for index in range(len(prompts) if max_new_tokens else 0):
             draws = random.Random(None if seed is None else f"{seed}/{index}")
-            waiting.append(Sequence(index, list(prompts[index]), max_new_tokens, needed[index], draws))
-        return self.run(cache, waiting, max_batch, set(stop_tokens or ()), (temperature, top_k, top_p))
+            waiting.append(
+                Sequence(index, list(prompts[index]), max_new_tokens, needed[index], draws)
+            )
+        return self.run(
+            cache, waiting, max_batch, set(stop_tokens or ()), (temperature, top_k, top_p)
+        )
 
     def check_prompt(self, index: int, prompt: list[int], max_new_tokens: int) -> None:
         """Raises ValueError for a prompt that cannot run."""
         if not prompt:
             raise ValueError(f"prompt {index} is empty; it needs at least one token")
         if bad := [t for t in prompt if not 0 <= t < self.config.vocab_size]:
-            raise ValueError(f"prompt {index} has token {bad[0]}, outside the vocabulary of {self.config.vocab_size}")
+            raise ValueError(
+                f"prompt {index} has token {bad[0]}, outside the vocabulary of {self.config.vocab_size}"
+            )
         if len(prompt) + max_new_tokens > self.config.max_position_embeddings:
-            raise ValueError(f"prompt {index} is too long: {len(prompt)} tokens and {max_new_tokens} new ones exceed "
-                             f"the model's context of {self.config.max_position_embeddings}")
+            raise ValueError(
+                f"prompt {index} is too long: {len(prompt)} tokens and {max_new_tokens} new ones exceed "
+                f"the model's context of {self.config.max_position_embeddings}"
+            )
 
     def pages_that_fit(self, page_size: int) -> int:
         """Pages for 90% of a GPU's free memory; a CPU's is not measured."""
@@ -496,15 +675,21 @@ class GPTOSS:
         one = KVCache(self.config, 0, page_size, "meta", self.dtype).pool
         # blocks that PyTorch keeps for reuse are free too, though the driver counts them as taken
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return int(0.9 * (torch.cuda.mem_get_info(self.device)[0] + kept)) // (one.numel() * one.itemsize)
+        return int(0.9 * (torch.cuda.mem_get_info(self.device)[0] + kept)) // (
+            one.numel() * one.itemsize
+        )
 
     @torch.inference_mode()
-    def run(self, cache: KVCache, waiting: collections.deque, max_batch: int, stop: set[int], sampling) -> Iterator:
+    def run(
+        self, cache: KVCache, waiting: collections.deque, max_batch: int, stop: set[int], sampling
+    ) -> Iterator:
         """Continuous batching: prompts are prefilled as soon as they fit, all running ones decode together."""
         running: list[Sequence] = []
 
         def admissible() -> bool:
-            return bool(waiting) and len(running) < max_batch and waiting[0].pages <= len(cache.free)
+            return (
+                bool(waiting) and len(running) < max_batch and waiting[0].pages <= len(cache.free)
+            )
 
         while waiting or running:
             while admissible():
@@ -513,15 +698,22 @@ class GPTOSS:
                 *_, hidden = self.prefill(cache, sequence.tokens, sequence.tables)
                 running.append(sequence)
                 yield from self.emit(cache, [sequence], hidden[-1:], running, stop, sampling)
-            slots, room = {}, 0  # tables stay as they are until a sequence leaves or the longest fills its last page
+            slots, room = (
+                {},
+                0,
+            )  # tables stay as they are until a sequence leaves or the longest fills its last page
             members = list(running)
             while running and running == members and not admissible():
                 length = max(len(sequence.tokens) for sequence in running)
                 if length > room:
                     slots = cache.slots([sequence.tables for sequence in running], length)
                     room = -(-length // cache.page_size) * cache.page_size
-                positions = torch.tensor([[len(sequence.tokens) - 1] for sequence in running], device=self.device)
-                tokens = torch.tensor([sequence.tokens[-1] for sequence in running], device=self.device)
+                positions = torch.tensor(
+                    [[len(sequence.tokens) - 1] for sequence in running], device=self.device
+                )
+                tokens = torch.tensor(
+                    [sequence.tokens[-1] for sequence in running], device=self.device
+                )
                 hidden = self.forward(tokens, self.step(cache, positions, slots))
                 yield from self.emit(cache, members, hidden, running, stop, sampling)
 
@@ -529,7 +721,9 @@ class GPTOSS:
         """Samples a token for each sequence from its hidden state [S, H]; those that are done leave `running`."""
         logits = F.linear(hidden, self.unembedding).float()  # [S, V]
         draws = [sequence.random.random() for sequence in sequences]
-        for sequence, token in zip(sequences, sample(logits, draws, *sampling).tolist(), strict=True):
+        for sequence, token in zip(
+            sequences, sample(logits, draws, *sampling).tolist(), strict=True
+        ):
             sequence.tokens.append(token)
             sequence.remaining -= 1
             if token in stop or not sequence.remaining:
@@ -542,6 +736,7 @@ class GPTOSS:
 @dataclass(eq=False)
 class Sequence:
     """A prompt on its way through the engine."""
+
     index: int  # among the prompts
     tokens: list[int]  # prompt and generated; all but the newest are cached
     remaining: int  # tokens it may still generate
@@ -550,8 +745,13 @@ class Sequence:
     tables: dict[str, list[int]] | None = None  # block tables, by kind of layer
 
 
-def sample(logits: torch.Tensor, draws: list[float], temperature: float, top_k: int | None,
-           top_p: float | None) -> torch.Tensor:
+def sample(
+    logits: torch.Tensor,
+    draws: list[float],
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> torch.Tensor:
     """One token per row. logits [S, V] float32, draws: S uniform in [0, 1). temperature 0: the largest logit. Else
     inverse transform sampling from softmax(logits / temperature), cut to the top_k likeliest, renormalised, then cut
     to the likeliest whose sum reaches top_p."""
@@ -564,7 +764,10 @@ def sample(logits: torch.Tensor, draws: list[float], temperature: float, top_k: 
         share /= share.sum(-1, keepdim=True)
         share[share.cumsum(-1) - share >= top_p] = 0
     total = share.double().cumsum(-1)
-    rank = (total <= torch.tensor(draws, device=total.device, dtype=total.dtype)[:, None] * total[:, -1:]).sum(-1)
+    rank = (
+        total
+        <= torch.tensor(draws, device=total.device, dtype=total.dtype)[:, None] * total[:, -1:]
+    ).sum(-1)
     rank = rank.minimum((share > 0).sum(-1) - 1)  # should the product have rounded up to the whole
     return token.gather(1, rank[:, None])[:, 0]
 
@@ -572,17 +775,22 @@ def sample(logits: torch.Tensor, draws: list[float], temperature: float, top_k: 
 # ---------------------------------------------------------------------------------------------------------------
 # Chat: the Harmony format
 
-SYSTEM = ("You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
-          "Current date: {date}\n\nReasoning: {effort}\n\n"
-          "# Valid channels: analysis, commentary, final. Channel must be included for every message.")
+SYSTEM = (
+    "You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
+    "Current date: {date}\n\nReasoning: {effort}\n\n"
+    "# Valid channels: analysis, commentary, final. Channel must be included for every message."
+)
 
 
-def chat_tokens(tokenizer: tiktoken.Encoding, turns: list[tuple[str, str]], date: str, effort: str) -> list[int]:
+def chat_tokens(
+    tokenizer: tiktoken.Encoding, turns: list[tuple[str, str]], date: str, effort: str
+) -> list[int]:
     """A conversation as the tokens a Harmony model continues. turns: ("user" | "assistant", text) in order, an
     assistant's text being its final channel; date: YYYY-MM-DD; effort: low, medium or high. Text cannot smuggle in
     special tokens. Raises KeyError where the tokenizer has no Harmony tokens."""
-    start, channel, message, end = map(tokenizer.encode_single_token,
-                                       ("<|start|>", "<|channel|>", "<|message|>", "<|end|>"))
+    start, channel, message, end = map(
+        tokenizer.encode_single_token, ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+    )
     tokens = []
     for role, text in [("system", SYSTEM.format(date=date, effort=effort)), *turns]:
         tokens += [start, *tokenizer.encode_ordinary(role)]
@@ -597,7 +805,9 @@ class Reader:
 
     def __init__(self, tokenizer: tiktoken.Encoding, chat: bool):
         self.tokenizer = tokenizer
-        self.name_of = {tokenizer.encode_single_token(name): name for name in tokenizer.special_tokens_set}
+        self.name_of = {
+            tokenizer.encode_single_token(name): name for name in tokenizer.special_tokens_set
+        }
         self.chat, self.channel, self.header = chat, None if chat else "final", None
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
@@ -611,7 +821,10 @@ class Reader:
         if name == "<|channel|>":
             self.channel, self.header = None, b""
         elif name == "<|message|>":  # "analysis", or "commentary to=tool"
-            self.channel, self.header = (self.header or b"final").decode(errors="replace").split()[0], None
+            self.channel, self.header = (
+                (self.header or b"final").decode(errors="replace").split()[0],
+                None,
+            )
         elif name in ("<|end|>", "<|start|>"):
             ended, self.channel = self.channel, None
             return ended, "\n" if ended else ""
@@ -625,33 +838,82 @@ class Reader:
 # ---------------------------------------------------------------------------------------------------------------
 # Command line
 
+
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Generate text with a GPT-OSS model.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Generate text with a GPT-OSS model.", allow_abbrev=False
+    )
     add = parser.add_argument
-    add("--checkpoint", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny"), metavar="DIR",
-        help="checkpoint folder (default: the small model in tiny/)")
-    add("--prompt", action="append", metavar="TEXT", help="may repeat: one batch; - reads standard input")
+    add(
+        "--checkpoint",
+        default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny"),
+        metavar="DIR",
+        help="checkpoint folder (default: the small model in tiny/)",
+    )
+    add(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="may repeat: one batch; - reads standard input",
+    )
     add("--chat", action="store_true", help="talk to the model in a terminal")
-    add("--raw", action="store_true", help="continue the text as it stands, without the chat format")
-    add("--show-reasoning", action="store_true", help="print every channel of a chat answer, not the final one only")
-    add("--effort", default="medium", choices=("low", "medium", "high"), help="how long a chat model reasons")
+    add(
+        "--raw", action="store_true", help="continue the text as it stands, without the chat format"
+    )
+    add(
+        "--show-reasoning",
+        action="store_true",
+        help="print every channel of a chat answer, not the final one only",
+    )
+    add(
+        "--effort",
+        default="medium",
+        choices=("low", "medium", "high"),
+        help="how long a chat model reasons",
+    )
     add("--max-new-tokens", type=int, default=512, metavar="N")
     add("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     add("--top-k", type=int, metavar="K")
     add("--top-p", type=float, metavar="P")
     add("--seed", type=int, metavar="N", help="same seed, same tokens")
     add("--device", help="default: cuda where there is one, else cpu")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 elsewhere")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="default: float32 on a CPU, bfloat16 elsewhere",
+    )
     add("--moe", default="auto", choices=("auto", "torch", "gluon"))
-    add("--emulate", action="store_true", help="run the MoE layers' gfx950 kernels, emulated on the CPU: slow, exact")
-    add("--activations", default="auto", choices=("auto", *ACTIVATIONS), help="what the expert GEMMs see")
+    add(
+        "--emulate",
+        action="store_true",
+        help="run the MoE layers' gfx950 kernels, emulated on the CPU: slow, exact",
+    )
+    add(
+        "--activations",
+        default="auto",
+        choices=("auto", *ACTIVATIONS),
+        help="what the expert GEMMs see",
+    )
     add("--page-size", type=int, default=PAGE_SIZE, metavar="TOKENS")
-    add("--num-pages", type=int, metavar="N", help="KV pages in the pool (default: as many as needed)")
-    add("--max-batch", type=int, default=MAX_BATCH, metavar="N", help="sequences that decode together")
+    add(
+        "--num-pages",
+        type=int,
+        metavar="N",
+        help="KV pages in the pool (default: as many as needed)",
+    )
+    add(
+        "--max-batch",
+        type=int,
+        default=MAX_BATCH,
+        metavar="N",
+        help="sequences that decode together",
+    )
     return parser
 
 
-def answer(model: GPTOSS, tokenizer: tiktoken.Encoding, prompts: list[list[int]], args, chat: bool) -> list[str]:
+def answer(
+    model: GPTOSS, tokenizer: tiktoken.Encoding, prompts: list[list[int]], args, chat: bool
+) -> list[str]:
     """Generates for the prompts; prints the text on stdout, a single prompt's as it comes and several in order at the
     end, and the statistics on stderr. Returns the final channel of each."""
     ends = tokenizer.special_tokens_set & {"<|return|>", "<|call|>", "<|endoftext|>"}
@@ -659,8 +921,18 @@ def answer(model: GPTOSS, tokenizer: tiktoken.Encoding, prompts: list[list[int]]
     readers = [Reader(tokenizer, chat) for _ in prompts]
     shown, final, times = [""] * len(prompts), [""] * len(prompts), [[] for _ in prompts]
     start = time.perf_counter()
-    for index, token in model.stream(prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
-                                     stop, args.num_pages, args.page_size, args.max_batch):
+    for index, token in model.stream(
+        prompts,
+        args.max_new_tokens,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.seed,
+        stop,
+        args.num_pages,
+        args.page_size,
+        args.max_batch,
+    ):
         times[index].append(time.perf_counter())
         channel, text = readers[index].read(token)
         final[index] += text if channel == "final" else ""
@@ -671,8 +943,11 @@ def answer(model: GPTOSS, tokenizer: tiktoken.Encoding, prompts: list[list[int]]
     print("" if len(prompts) == 1 and shown[0] else "\n".join(shown))
     for index, text in enumerate(final):
         if chat and not text:
-            print(f"prompt {index}: no final channel within {len(times[index])} tokens; raise --max-new-tokens, or see "
-                  "--show-reasoning", file=sys.stderr)
+            print(
+                f"prompt {index}: no final channel within {len(times[index])} tokens; raise --max-new-tokens, or see "
+                "--show-reasoning",
+                file=sys.stderr,
+            )
     report(model, times, start)
     return final
 
@@ -683,11 +958,18 @@ def report(model: GPTOSS, times: list[list[float]], start: float) -> None:
     ttft = mean([t[0] - start for t in times if t])
     tpot = mean([(t[-1] - t[0]) / (len(t) - 1) for t in times if len(t) > 1])
     count, seconds = sum(map(len, times)), time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = (
+        torch.cuda.max_memory_allocated(model.device)
+        if model.device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+    )
     cache = model.cache
-    print(f"{count} tokens | TTFT {ttft} | TPOT {tpot} | {count / seconds:.1f} tok/s | pages {cache.peak} of "
-          f"{cache.num_pages} x {cache.page_size} tokens | peak memory {peak / 2**30:.2f} GiB", file=sys.stderr)
+    print(
+        f"{count} tokens | TTFT {ttft} | TPOT {tpot} | {count / seconds:.1f} tok/s | pages {cache.peak} of "
+        f"{cache.num_pages} x {cache.page_size} tokens | peak memory {peak / 2**30:.2f} GiB",
+        file=sys.stderr,
+    )
 
 
 def converse(model: GPTOSS, tokenizer: tiktoken.Encoding, args) -> None:
@@ -709,15 +991,21 @@ def converse(model: GPTOSS, tokenizer: tiktoken.Encoding, args) -> None:
 def emulated_gpu():
     """Makes an emulated gfx950 Triton's active device; says on stderr what ran on it."""
     import gfx950
+
     with gfx950.emulate() as gpu:
         try:
             yield
         finally:
             counts = collections.Counter(launch.name for launch in gpu.launches)
-            executed = sum(launch.counters.wave_instructions for launch in gpu.launches if launch.counters)
+            executed = sum(
+                launch.counters.wave_instructions for launch in gpu.launches if launch.counters
+            )
             seconds = sum(launch.seconds for launch in gpu.launches)
-            print(f"emulated gfx950: {executed:,} wave-instructions in {seconds:.0f} s; launches: " +
-                  ", ".join(f"{n} {name}" for name, n in counts.items()), file=sys.stderr)
+            print(
+                f"emulated gfx950: {executed:,} wave-instructions in {seconds:.0f} s; launches: "
+                + ", ".join(f"{n} {name}" for name, n in counts.items()),
+                file=sys.stderr,
+            )
 
 
 def main() -> int:
@@ -731,21 +1019,35 @@ def main() -> int:
         tokenizer = weights.load_tokenizer(args.checkpoint)
         chat = not args.raw and "<|channel|>" in tokenizer.special_tokens_set
         if args.chat and not chat:
-            raise ValueError("--chat needs a chat model: a tokenizer with the Harmony tokens, and no --raw")
+            raise ValueError(
+                "--chat needs a chat model: a tokenizer with the Harmony tokens, and no --raw"
+            )
         texts = [sys.stdin.read() if text == "-" else text for text in args.prompt or ()]
         today = str(datetime.date.today())
         if empty := [index for index, text in enumerate(texts) if not text.strip()]:
             raise ValueError(f"prompt {empty[0]} is empty")
         with emulated_gpu() if args.emulate else contextlib.nullcontext():
-            device = args.device or ("cuda" if torch.cuda.is_available() and not args.emulate else "cpu")
+            device = args.device or (
+                "cuda" if torch.cuda.is_available() and not args.emulate else "cpu"
+            )
             moe = "gluon" if args.emulate else args.moe
             dtype = getattr(torch, args.dtype or "", None)
             model = GPTOSS.from_pretrained(args.checkpoint, device, dtype, moe, args.activations)
             if args.chat:
                 converse(model, tokenizer, args)
             else:
-                answer(model, tokenizer, [chat_tokens(tokenizer, [("user", text)], today, args.effort) if chat
-                                          else tokenizer.encode_ordinary(text) for text in texts], args, chat)
+                answer(
+                    model,
+                    tokenizer,
+                    [
+                        chat_tokens(tokenizer, [("user", text)], today, args.effort)
+                        if chat
+                        else tokenizer.encode_ordinary(text)
+                        for text in texts
+                    ],
+                    args,
+                    chat,
+                )
     except (CheckpointError, ValueError) as error:
         print(f"gptoss: {error}", file=sys.stderr)
         return 1

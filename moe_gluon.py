@@ -28,6 +28,7 @@ operand layouts the CDNA4 ISA's (https://www.amd.com/en/developer/resources/tech
     place      position of a row when they are sorted by expert: the order of the intermediate h
     tile       up to BM consecutive places of one expert: (expert, first place, number of places)
 """
+
 import hashlib
 import re
 from dataclasses import dataclass
@@ -42,22 +43,34 @@ from triton.language.extra import libdevice
 
 cdna4 = gl.amd.cdna4
 # triton 3.9 renamed it
-reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+reinterpret = (
+    getattr(gl.shared_memory_descriptor, "reinterpret", None)
+    or gl.shared_memory_descriptor._reinterpret
+)
 
-XCDS = gl.constexpr(8)  # chiplets of 32 compute units, each with its own L2, which take workgroups in turn
+XCDS = gl.constexpr(
+    8
+)  # chiplets of 32 compute units, each with its own L2, which take workgroups in turn
 MFMA = gl.constexpr(16)  # rows and columns of the matrix instructions used here
-STEP = gl.constexpr(128)  # K a wave takes in a step: one v_mfma_scale_f32_16x16x128 or four v_mfma_f32_16x16x32_bf16
+STEP = gl.constexpr(
+    128
+)  # K a wave takes in a step: one v_mfma_scale_f32_16x16x128 or four v_mfma_f32_16x16x32_bf16
 GROUP = gl.constexpr(32)  # values of K that share an E8M0 scale
-BLOCK = gl.constexpr(64)  # weight columns dealt among four MFMA tiles, whose scales are a dword a lane
+BLOCK = gl.constexpr(
+    64
+)  # weight columns dealt among four MFMA tiles, whose scales are a dword a lane
 SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 LOG2_E = gl.constexpr(1.4426950408889634)
-TALL = gl.constexpr(4)  # tiles of 128 rows, 1.5 MB of 8-bit activations at K = 2880: less than half of an L2
+TALL = gl.constexpr(
+    4
+)  # tiles of 128 rows, 1.5 MB of 8-bit activations at K = 2880: less than half of an L2
 DECODE_TOKENS = 16  # the largest decode batch: one 16-row tile holds whatever an expert gets of it
 
 
 @dataclass(frozen=True)
 class Format:
     """What the expert GEMMs see of their activations, and the storage of the weights these multiply."""
+
     element: str  # "bf16" | "e4m3" | "e5m2" | "e2m1"
     scale: str  # "none" | "static" (one float32 a tensor) | "mx" (E8M0 per 32)
     weights: torch.dtype  # uint8: mxfp4
@@ -102,9 +115,11 @@ def is_supported() -> bool:
 # Scales are [N/64, K/32, 16, 4]: the dword of (K group, n) holds the scales of positions n, n + 16, n + 32 and n + 48,
 # the four tiles of a block; the instruction picks its byte by op_sel.
 
+
 @dataclass
 class PackedWeight:
     """A GEMM's weights of all experts as the kernels read them, N padded to blocks of 64 by zeros."""
+
     data: torch.Tensor  # uint8 [E, N/16, K/32, 16, 16] or bf16 [E, N/16, K/32, 4, 16, 8]
     scale: torch.Tensor | None  # uint8 [E, N/64, K/32, 16, 4]
     bias: torch.Tensor  # float32 [E, N]
@@ -119,13 +134,16 @@ class PackedWeight:
             weight = self.data.view(E, -1, 4, groups, 4, 4, 4, 8).permute(0, 1, 5, 2, 6, 3, 4, 7)
             return weight.reshape(E, -1, self.K)[:, :N], None
         weight = self.data.view(E, -1, 4, groups, 4, 4, 16).permute(0, 1, 4, 2, 5, 3, 6)
-        scale = self.scale.view(E, -1, groups, 4, 4, 4).permute(0, 1, 3, 5, 4, 2)  # from [.., K/32, g, i, t]
+        scale = self.scale.view(E, -1, groups, 4, 4, 4).permute(
+            0, 1, 3, 5, 4, 2
+        )  # from [.., K/32, g, i, t]
         return weight.reshape(E, -1, self.K // 2)[:, :N], scale.reshape(E, -1, groups)[:, :N]
 
 
 @dataclass
 class PackedExperts:
     """A layer's experts, packed for one format. `arrived` counts workgroups of `route`; zero between launches."""
+
     gate_up: PackedWeight
     down: PackedWeight
     activations: str
@@ -141,16 +159,28 @@ def prepare(experts, activations: str) -> PackedExperts:
     f, dtype = FORMATS[activations], experts.gate_up_weight.dtype
     if dtype != f.weights:
         fitting = [name for name, other in FORMATS.items() if other.weights == dtype]
-        raise ValueError(f"activations={activations!r} need {f.weights} expert weights, these are {dtype}: "
-                         f"{'use ' + ' or '.join(fitting) if fitting else 'convert them'}")
-    scales = (experts.gate_up_input_scale, experts.down_input_scale) if f.scale == "static" else (1.0, 1.0)
+        raise ValueError(
+            f"activations={activations!r} need {f.weights} expert weights, these are {dtype}: "
+            f"{'use ' + ' or '.join(fitting) if fitting else 'convert them'}"
+        )
+    scales = (
+        (experts.gate_up_input_scale, experts.down_input_scale)
+        if f.scale == "static"
+        else (1.0, 1.0)
+    )
     if None in scales:
-        raise ValueError(f"activations={activations!r} need the static input scales of a Quark checkpoint; use mxfp8")
+        raise ValueError(
+            f"activations={activations!r} need the static input scales of a Quark checkpoint; use mxfp8"
+        )
     gate_up = pack(experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias, scales[0])
     down = pack(experts.down_weight, experts.down_scale, experts.down_bias, scales[1])
     if gate_up.N != 2 * down.K or gate_up.K != down.N:
-        raise ValueError(f"gate_up is {gate_up.N} x {gate_up.K}, down {down.N} x {down.K}: expected 2I x H and H x I")
-    return PackedExperts(gate_up, down, activations, torch.zeros(1, dtype=torch.int32, device=gate_up.data.device))
+        raise ValueError(
+            f"gate_up is {gate_up.N} x {gate_up.K}, down {down.N} x {down.K}: expected 2I x H and H x I"
+        )
+    return PackedExperts(
+        gate_up, down, activations, torch.zeros(1, dtype=torch.int32, device=gate_up.data.device)
+    )
 
 
 def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
@@ -158,19 +188,29 @@ def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
     E, N = weight.shape[:2]
     K = weight.shape[2] * (1 if scale is None else 2)
     if N % GROUP.value or K % GROUP.value:
-        raise ValueError(f"an expert weight of {N} x {K}: both sizes must be multiples of {GROUP.value}")
+        raise ValueError(
+            f"an expert weight of {N} x {K}: both sizes must be multiples of {GROUP.value}"
+        )
     groups = K // GROUP.value
 
     def blocks(rows):  # [E, N, *] -> [E, N/64, g, t, i, *]
         padding = [rows.new_zeros(E, -N % BLOCK.value, *rows.shape[2:])] if N % BLOCK.value else []
         return torch.cat([rows, *padding], 1).view(E, -1, 4, 4, 4, *rows.shape[2:])
 
-    lanes = weight.contiguous().view(torch.complex128)  # what a lane reads, 16 bytes, moved as one element
+    lanes = weight.contiguous().view(
+        torch.complex128
+    )  # what a lane reads, 16 bytes, moved as one element
     if scale is None:
         data = blocks(lanes.view(E, N, groups, 4)).permute(0, 1, 3, 5, 6, 2, 4).contiguous()
         data = data.view(weight.dtype).view(E, -1, groups, 4, 16, 8)
     else:
-        data = blocks(lanes).permute(0, 1, 3, 5, 2, 4).contiguous().view(weight.dtype).view(E, -1, groups, 16, 16)
+        data = (
+            blocks(lanes)
+            .permute(0, 1, 3, 5, 2, 4)
+            .contiguous()
+            .view(weight.dtype)
+            .view(E, -1, groups, 16, 16)
+        )
         scale = blocks(scale).permute(0, 1, 5, 2, 4, 3).contiguous().view(E, -1, groups, 16, 4)
     return PackedWeight(data, scale, bias.float().contiguous(), float(input_scale), N, K)
 
@@ -179,9 +219,11 @@ def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
 # The compile-time shape of a GEMM, and its layouts. Every operand has a leading axis of waves: wave w holds element w
 # of it, so that waves work on different K while the program reads as one.
 
+
 @dataclass(frozen=True)
 class Shape:
     """x [*, K] @ w [N, K].T, in which formats. Sizes and layouts are properties of a Gluon constexpr."""
+
     K: int
     N: int
     X: str  # element of the activations
@@ -189,7 +231,9 @@ class Shape:
     W: str  # element of the weights: "bf16" | "e2m1"
 
     @property
-    def cache_key(self):  # Triton's key of a compiled kernel: without it, blind to the code of the properties below
+    def cache_key(
+        self,
+    ):  # Triton's key of a compiled kernel: without it, blind to the code of the properties below
         return f"{self} {SOURCE}"
 
     @property
@@ -222,6 +266,7 @@ class Gemm(Shape):
     """Decode. A workgroup computes BM rows by BN columns, of which COLUMNS exist. In a step of K, wave w takes
     K = 128 * (step * WAVES + w) .. + 127; AHEAD steps are requested before the first is multiplied (by `combine`: all
     steps of AHEAD experts)."""
+
     BM: int
     BN: int
     COLUMNS: int
@@ -235,7 +280,9 @@ class Gemm(Shape):
     @property
     def acc(self):
         """[WAVES, BM, BN]: lane L holds row L % 16, columns 4 * (L // 16) .. + 3 of each 16 x 16 tile."""
-        return gl.amd.AMDMFMALayout(4, [16, 16, 32 if self.W == "bf16" else 128], True, [self.WAVES, 1, 1])
+        return gl.amd.AMDMFMALayout(
+            4, [16, 16, 32 if self.W == "bf16" else 128], True, [self.WAVES, 1, 1]
+        )
 
     @property
     def a(self):
@@ -251,7 +298,9 @@ class Gemm(Shape):
         """Scales [WAVES, rows, 4] of one step: lane L holds row L % 16 of every 16, K group L // 16."""
         registers = [[0, 16 << i, 0] for i in range((rows // 16).bit_length() - 1)]
         lanes = [[0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 8, 0], [0, 0, 1], [0, 0, 2]]
-        return gl.DistributedLinearLayout(registers, lanes, self.waves(3), [], [self.WAVES, rows, 4])
+        return gl.DistributedLinearLayout(
+            registers, lanes, self.waves(3), [], [self.WAVES, rows, 4]
+        )
 
     @property
     def a_scale(self):
@@ -266,7 +315,9 @@ class Gemm(Shape):
         """The scales of w as they lie in memory, [WAVES, 4 groups, 16, BN/16]: a lane's tiles are consecutive bytes."""
         registers = [[0, 0, 0, 1 << i] for i in range((self.BN // 16).bit_length() - 1)]
         lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0], [0, 0, 8, 0], [0, 1, 0, 0], [0, 2, 0, 0]]
-        return gl.DistributedLinearLayout(registers, lanes, self.waves(4), [], [self.WAVES, 4, 16, self.BN // 16])
+        return gl.DistributedLinearLayout(
+            registers, lanes, self.waves(4), [], [self.WAVES, 4, 16, self.BN // 16]
+        )
 
     def waves(self, rank):
         return [[1 << i] + [0] * (rank - 1) for i in range(self.WAVES.bit_length() - 1)]
@@ -274,7 +325,9 @@ class Gemm(Shape):
     @property
     def partial(self):
         """acc, read back from LDS for the sum over waves: a lane holds all waves' values of BN/16 columns."""
-        return gl.BlockedLayout([self.WAVES, 1, self.BN // 16], [1, 4, 16], [1, self.WAVES, 1], [2, 1, 0])
+        return gl.BlockedLayout(
+            [self.WAVES, 1, self.BN // 16], [1, 4, 16], [1, self.WAVES, 1], [2, 1, 0]
+        )
 
     @property
     def out(self):
@@ -319,6 +372,7 @@ def column_of(n):
 # ---------------------------------------------------------------------------------------------------------------
 # One step of a GEMM. Only the last step can leave K, and only it is masked for that; a masked lane asks memory for
 # nothing and reads 0.
+
 
 @gluon.jit
 def load_x(x, scale, row, scale_row, count, step: gl.constexpr, g: gl.constexpr):
@@ -365,10 +419,17 @@ def load_w(w, scale, columns, step: gl.constexpr, g: gl.constexpr):
     inside = n < columns
     if last:
         inside = inside & (k < g.K // g.w_values)
-    at = k // g.w_lane * (g.w_lane * MFMA) + k % g.w_lane + n % MFMA * g.w_lane + n // MFMA * (MFMA * g.K // g.w_values)
+    at = (
+        k // g.w_lane * (g.w_lane * MFMA)
+        + k % g.w_lane
+        + n % MFMA * g.w_lane
+        + n // MFMA * (MFMA * g.K // g.w_values)
+    )
     b, b_scale = cdna4.buffer_load(w, at, mask=inside), 0
     if g.W == "e2m1":
-        k = (step * g.WAVES + iota(0, g.WAVES, g.b_scale_memory, 4)) * 4 + iota(1, 4, g.b_scale_memory, 4)
+        k = (step * g.WAVES + iota(0, g.WAVES, g.b_scale_memory, 4)) * 4 + iota(
+            1, 4, g.b_scale_memory, 4
+        )
         n = iota(2, MFMA, g.b_scale_memory, 4)
         inside = n < columns
         if last:
@@ -386,7 +447,9 @@ def multiply(acc, x, w, g: gl.constexpr):
     else:
         X: gl.constexpr = g.X
         W: gl.constexpr = g.W
-        b_scale = w[1].permute(0, 3, 2, 1).reshape(g.WAVES, g.BN, 4)  # [WAVES, 4, 16, BN/16] -> [WAVES, BN, 4]
+        b_scale = (
+            w[1].permute(0, 3, 2, 1).reshape(g.WAVES, g.BN, 4)
+        )  # [WAVES, 4, 16, BN/16] -> [WAVES, BN, 4]
         b_scale = gl.convert_layout(b_scale, g.b_scale, assert_trivial=True)
         acc = cdna4.mfma_scaled(x[0], x[1], X, w[0], b_scale, W, acc)
     return acc
@@ -404,7 +467,9 @@ def pin(x, registers: gl.constexpr):
     what uses its result comes after it. Without it LLVM moves loads towards their use to save registers (dispatch,
     mxfp8: 76 for 186, and 6 loads in flight for 48)."""
     n: gl.constexpr = min(16, registers)
-    return gl.inline_asm_elementwise("; pin", unchanged(n), [x], dtype=x.dtype, is_pure=False, pack=n)
+    return gl.inline_asm_elementwise(
+        "; pin", unchanged(n), [x], dtype=x.dtype, is_pure=False, pack=n
+    )
 
 
 @gluon.jit
@@ -417,7 +482,9 @@ def sum_waves(acc, g: gl.constexpr):
 
 
 @gluon.jit
-def expert_gemm(x, x_scale, row, scale_row, count, w, w_scale, columns, SLOTS: gl.constexpr, g: gl.constexpr):
+def expert_gemm(
+    x, x_scale, row, scale_row, count, w, w_scale, columns, SLOTS: gl.constexpr, g: gl.constexpr
+):
     """float32 [BM, BN] = x[row // SLOTS] @ w.T over all of K, in g.out. In flight before the first product: the weights
     of AHEAD steps, first because they wait for nothing but the expert's number, then the activations, whose row numbers
     were still on their way. After each product, the step AHEAD of it is requested."""
@@ -446,6 +513,7 @@ def expert_gemm(x, x_scale, row, scale_row, count, w, w_scale, columns, SLOTS: g
 # ---------------------------------------------------------------------------------------------------------------
 # Quantisation
 
+
 @gluon.jit
 def quantise(y, X: gl.constexpr, MX: gl.constexpr):
     """float32 y [rows, 32] -> bytes uint8 [rows, 32] (e2m1: [rows, 16], low nibble first), and E8M0 bytes uint8 [rows].
@@ -455,7 +523,9 @@ def quantise(y, X: gl.constexpr, MX: gl.constexpr):
     if MX:
         largest_exponent: gl.constexpr = 8 if X == "e4m3" else 15 if X == "e5m2" else 2
         bits = gl.max(gl.abs(y), axis=1).to(gl.int32, bitcast=True)
-        exponent = gl.maximum((bits >> 23) - 127 - largest_exponent, -127)  # float32's own exponent is the floor
+        exponent = gl.maximum(
+            (bits >> 23) - 127 - largest_exponent, -127
+        )  # float32's own exponent is the floor
         y = y * ((127 - exponent) << 23).to(gl.float32, bitcast=True)[:, None]
         scale = (exponent + 127).to(gl.uint8)
     else:
@@ -465,18 +535,42 @@ def quantise(y, X: gl.constexpr, MX: gl.constexpr):
         low, high = gl.split(y.reshape(y.shape[0], y.shape[1] // 2, 2))
         # the halves of a byte, by scale 1; the s_nop because LLVM does not see an instruction whose result may not be
         # read at once
-        code = gl.inline_asm_elementwise("v_cvt_scalef32_pk_fp4_f32 $0, $1, $2, 1.0\ns_nop 0", "=v,v,v", [low, high],
-                                         dtype=gl.int32, is_pure=True, pack=1) & 255
+        code = (
+            gl.inline_asm_elementwise(
+                "v_cvt_scalef32_pk_fp4_f32 $0, $1, $2, 1.0\ns_nop 0",
+                "=v,v,v",
+                [low, high],
+                dtype=gl.int32,
+                is_pure=True,
+                pack=1,
+            )
+            & 255
+        )
     else:
         # Triton's own cast also sets a mode register, a side effect that makes LLVM read scalars by vector loads
-        convert: gl.constexpr = "v_cvt_pk_fp8_f32 $0, $1, $1" if X == "e4m3" else "v_cvt_pk_bf8_f32 $0, $1, $1"
-        code = gl.inline_asm_elementwise(convert, "=v,v", [y], dtype=gl.int32, is_pure=True, pack=1) & 255
+        convert: gl.constexpr = (
+            "v_cvt_pk_fp8_f32 $0, $1, $1" if X == "e4m3" else "v_cvt_pk_bf8_f32 $0, $1, $1"
+        )
+        code = (
+            gl.inline_asm_elementwise(convert, "=v,v", [y], dtype=gl.int32, is_pure=True, pack=1)
+            & 255
+        )
     return code.to(gl.uint8), scale
 
 
 @gluon.jit
-def store_group(y, out, out_scale, first, count, group, K: gl.constexpr, X: gl.constexpr, MX: gl.constexpr,
-                DEALT: gl.constexpr):
+def store_group(
+    y,
+    out,
+    out_scale,
+    first,
+    count,
+    group,
+    K: gl.constexpr,
+    X: gl.constexpr,
+    MX: gl.constexpr,
+    DEALT: gl.constexpr,
+):
     """Stores `count` rows of float32 y [*, G] as values group * G .. of rows first .. of out [*, K], in the format.
     DEALT: y's columns are half of a product's positions."""
     G: gl.constexpr = y.shape[1]
@@ -492,21 +586,39 @@ def store_group(y, out, out_scale, first, count, group, K: gl.constexpr, X: gl.c
     cdna4.buffer_store(q, out, (first + row) * (K // G * width) + n, mask=row < count)
     if MX:
         row = gl.arange(0, scale.shape[0], scale.type.layout)
-        cdna4.buffer_store(scale, out_scale, (first + row) * scale_bytes(K) + group, mask=row < count)
+        cdna4.buffer_store(
+            scale, out_scale, (first + row) * scale_bytes(K) + group, mask=row < count
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Routing
 
+
 @gluon.jit
-def select_experts(logits, first, T, E: gl.constexpr, EXPERTS: gl.constexpr, TOP_K: gl.constexpr, SLOTS: gl.constexpr,
-                   BM: gl.constexpr, WAVES: gl.constexpr):
+def select_experts(
+    logits,
+    first,
+    T,
+    E: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    TOP_K: gl.constexpr,
+    SLOTS: gl.constexpr,
+    BM: gl.constexpr,
+    WAVES: gl.constexpr,
+):
     """Top-k of tokens first .. first + BM - 1, ties to the smaller id, and the softmax over the chosen logits. logits
     float32 [T, E] -> ids int32 [BM, SLOTS] (E: no such token or slot), gates float32, row numbers."""
     layout: gl.constexpr = gl.BlockedLayout([1, max(1, EXPERTS // 64)], [1, 64], [WAVES, 1], [1, 0])
-    token, expert, slot = first + iota(0, BM, layout, 2), iota(1, EXPERTS, layout, 2), iota(1, SLOTS, layout, 2)
+    token, expert, slot = (
+        first + iota(0, BM, layout, 2),
+        iota(1, EXPERTS, layout, 2),
+        iota(1, SLOTS, layout, 2),
+    )
     left = cdna4.buffer_load(logits, token * E + expert, mask=(token < T) & (expert < E))
-    left = gl.where(expert < E, gl.maximum(left, -3e38), float("-inf"))  # above what is taken, were it NaN
+    left = gl.where(
+        expert < E, gl.maximum(left, -3e38), float("-inf")
+    )  # above what is taken, were it NaN
     largest = gl.max(left, axis=1)[:, None]
     ids = gl.full([BM, SLOTS], E, gl.int32, layout)
     gates = gl.zeros([BM, SLOTS], gl.float32, layout)
@@ -520,8 +632,16 @@ def select_experts(logits, first, T, E: gl.constexpr, EXPERTS: gl.constexpr, TOP
 
 
 @gluon.jit
-def list_tiles(ids, tiles, num_tiles, rows, E: gl.constexpr, EXPERTS: gl.constexpr, ROWS: gl.constexpr,
-               WAVES: gl.constexpr):
+def list_tiles(
+    ids,
+    tiles,
+    num_tiles,
+    rows,
+    E: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    WAVES: gl.constexpr,
+):
     """The tiles of a decode batch, one an active expert, in the order of ids; its rows by place. ids int32 [ROWS] (E:
     no row). Every position is a count of smaller ones, so nothing depends on who comes first."""
     square: gl.constexpr = gl.BlockedLayout([1, max(1, ROWS // 8)], [8, 8], [WAVES, 1], [1, 0])
@@ -531,7 +651,9 @@ def list_tiles(ids, tiles, num_tiles, rows, E: gl.constexpr, EXPERTS: gl.constex
     earlier = ((other == mine[:, None]) & (other_row < row[:, None])).to(gl.int32)
     place = gl.sum((other < mine[:, None]).to(gl.int32) + earlier, axis=1)
     cdna4.buffer_store(row, rows, place, mask=mine < E)
-    opens = ((gl.sum(earlier, axis=1) == 0) & (mine < E)).to(gl.int32)  # the first row of its expert
+    opens = ((gl.sum(earlier, axis=1) == 0) & (mine < E)).to(
+        gl.int32
+    )  # the first row of its expert
     gl.store(num_tiles, gl.sum(opens, axis=0))
 
     opens = gl.convert_layout(opens, only(1, square, 2))[None, :]
@@ -546,9 +668,29 @@ def list_tiles(ids, tiles, num_tiles, rows, E: gl.constexpr, EXPERTS: gl.constex
 
 
 @gluon.jit(do_not_specialize=["T"])
-def route_kernel(x, router_weight, router_bias, logits, arrived, q, q_scale, tiles, num_tiles, rows, chosen, gates, T,
-                 static, X: gl.constexpr, MX: gl.constexpr, EXPERTS: gl.constexpr, TOP_K: gl.constexpr,
-                 SLOTS: gl.constexpr, DECODE: gl.constexpr, g: gl.constexpr):
+def route_kernel(
+    x,
+    router_weight,
+    router_bias,
+    logits,
+    arrived,
+    q,
+    q_scale,
+    tiles,
+    num_tiles,
+    rows,
+    chosen,
+    gates,
+    T,
+    static,
+    X: gl.constexpr,
+    MX: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    TOP_K: gl.constexpr,
+    SLOTS: gl.constexpr,
+    DECODE: gl.constexpr,
+    g: gl.constexpr,
+):
     """Program (p, m), tokens m * BM .. : the first programs p compute the logits of COLUMNS experts each, so that no
     compute unit reads the router alone; each of the others quantises 32 columns of x. In decode, the last program to
     store its logits selects the experts of all tokens."""
@@ -575,7 +717,9 @@ def route_kernel(x, router_weight, router_bias, logits, arrived, q, q_scale, til
     for step in gl.static_range(STEPS):
         k = (step * g.WAVES + iota(0, g.WAVES, g.b)) * STEP + iota(1, STEP, g.b)
         inside = (n < g.COLUMNS) & (expert + n < E) & (k < g.K)
-        b = cdna4.buffer_load(router_weight, (expert + n) * g.K + k, mask=inside)  # rows as they are, 16 bytes a lane
+        b = cdna4.buffer_load(
+            router_weight, (expert + n) * g.K + k, mask=inside
+        )  # rows as they are, 16 bytes a lane
         steps = steps + ((load_x(x, None, token, token, T - first, step, g), (b, 0)),)
         acc = pin(acc, ACCUMULATORS)
     for step in gl.static_range(STEPS):
@@ -588,25 +732,43 @@ def route_kernel(x, router_weight, router_bias, logits, arrived, q, q_scale, til
 
     if DECODE:
         # a barrier of the workgroup orders LDS only: each wave awaits its own stores before one lane reports them
-        gl.inline_asm_elementwise("s_waitcnt vmcnt(0)", "=v,0,~{memory}", [acc], dtype=gl.float32, is_pure=False,
-                                  pack=1)
+        gl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)", "=v,0,~{memory}", [acc], dtype=gl.float32, is_pure=False, pack=1
+        )
         gl.barrier()
         if gl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == GATING - 1:
             gl.store(arrived, 0)
             ids, gate, row = select_experts(logits, 0, T, E, EXPERTS, TOP_K, SLOTS, g.BM, g.WAVES)
             cdna4.buffer_store(ids, chosen, row, mask=ids < E)
             cdna4.buffer_store(gate, gates, row, mask=ids < E)
-            list_tiles(ids.reshape(g.BM * SLOTS), tiles, num_tiles, rows, E, EXPERTS, g.BM * SLOTS, g.WAVES)
+            list_tiles(
+                ids.reshape(g.BM * SLOTS), tiles, num_tiles, rows, E, EXPERTS, g.BM * SLOTS, g.WAVES
+            )
 
 
 @gluon.jit(do_not_specialize=["T"])
-def select_kernel(logits, chosen, gates, counts, T, E: gl.constexpr, EXPERTS: gl.constexpr, TOP_K: gl.constexpr,
-                  SLOTS: gl.constexpr, BM: gl.constexpr, WAVES: gl.constexpr):
+def select_kernel(
+    logits,
+    chosen,
+    gates,
+    counts,
+    T,
+    E: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    TOP_K: gl.constexpr,
+    SLOTS: gl.constexpr,
+    BM: gl.constexpr,
+    WAVES: gl.constexpr,
+):
     """Above decode: top-k of BM tokens a program, and how many of their rows each expert gets, counts [programs, E]."""
-    ids, gate, row = select_experts(logits, gl.program_id(0) * BM, T, E, EXPERTS, TOP_K, SLOTS, BM, WAVES)
+    ids, gate, row = select_experts(
+        logits, gl.program_id(0) * BM, T, E, EXPERTS, TOP_K, SLOTS, BM, WAVES
+    )
     cdna4.buffer_store(ids, chosen, row, mask=row < T * SLOTS)
     cdna4.buffer_store(gate, gates, row, mask=row < T * SLOTS)
-    square: gl.constexpr = gl.BlockedLayout([1, max(1, BM * SLOTS // 8)], [8, 8], [WAVES, 1], [1, 0])
+    square: gl.constexpr = gl.BlockedLayout(
+        [1, max(1, BM * SLOTS // 8)], [8, 8], [WAVES, 1], [1, 0]
+    )
     ids = gl.convert_layout(ids.reshape(BM * SLOTS), only(1, square, 2))[None, :]
     expert = gl.arange(0, EXPERTS, only(0, square, 2))
     count = gl.sum((ids == expert[:, None]).to(gl.int32), axis=1)
@@ -619,8 +781,20 @@ def add(a, b):
 
 
 @gluon.jit(do_not_specialize=["programs", "R"])
-def sort_kernel(chosen, counts, tiles, num_tiles, rows, programs, R, E: gl.constexpr, EXPERTS: gl.constexpr,
-                BM: gl.constexpr, CHUNK: gl.constexpr, WAVES: gl.constexpr):
+def sort_kernel(
+    chosen,
+    counts,
+    tiles,
+    num_tiles,
+    rows,
+    programs,
+    R,
+    E: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    BM: gl.constexpr,
+    CHUNK: gl.constexpr,
+    WAVES: gl.constexpr,
+):
     """Above decode: program e lists the tiles of expert e and, in one pass over the R chosen ids, its rows in order."""
     mine = gl.program_id(0)
     lanes: gl.constexpr = gl.BlockedLayout([1, max(1, EXPERTS // 64)], [1, 64], [WAVES, 1], [1, 0])
@@ -629,7 +803,9 @@ def sort_kernel(chosen, counts, tiles, num_tiles, rows, programs, R, E: gl.const
     for p in range(0, programs, 16):
         program = p + iota(0, 16, lanes, 2)
         inside = (program < programs) & (expert[None, :] < E)
-        total += gl.sum(cdna4.buffer_load(counts, program * E + expert[None, :], mask=inside), axis=0)
+        total += gl.sum(
+            cdna4.buffer_load(counts, program * E + expert[None, :], mask=inside), axis=0
+        )
     place = gl.sum(gl.where(expert < mine, total, 0), axis=0)
     tile = gl.sum(gl.where(expert < mine, (total + BM - 1) // BM, 0), axis=0)
     count = gl.sum(gl.where(expert == mine, total, 0), axis=0)
@@ -640,7 +816,9 @@ def sort_kernel(chosen, counts, tiles, num_tiles, rows, programs, R, E: gl.const
     i = gl.arange(0, CHUNK, gl.BlockedLayout([CHUNK // (64 * WAVES)], [64], [WAVES], [0]))
     for t in range(0, own, CHUNK):
         at = 4 * (tile + t + i)
-        cdna4.buffer_store(gl.full([CHUNK], mine, gl.int32, i.type.layout), tiles, at, mask=t + i < own)
+        cdna4.buffer_store(
+            gl.full([CHUNK], mine, gl.int32, i.type.layout), tiles, at, mask=t + i < own
+        )
         cdna4.buffer_store(place + (t + i) * BM, tiles, at + 1, mask=t + i < own)
         cdna4.buffer_store(gl.minimum(count - (t + i) * BM, BM), tiles, at + 2, mask=t + i < own)
     for r in range(0, R, CHUNK):
@@ -653,6 +831,7 @@ def sort_kernel(chosen, counts, tiles, num_tiles, rows, programs, R, E: gl.const
 # ---------------------------------------------------------------------------------------------------------------
 # dispatch: gather, first GEMM, SwiGLU
 
+
 @gluon.jit
 def swiglu(acc, LIMIT: gl.constexpr):
     """acc [rows, N], columns alternating gate and up -> gate * sigmoid(1.702 gate) * (up + 1), clamped, [rows, N/2]. By
@@ -663,14 +842,33 @@ def swiglu(acc, LIMIT: gl.constexpr):
 
 
 @gluon.jit
-def dispatch_kernel(x, x_scale, w, w_scale, bias, tiles, num_tiles, rows, h, h_scale, x_static, h_static,
-                    LIMIT: gl.constexpr, SLOTS: gl.constexpr, g: gl.constexpr):
+def dispatch_kernel(
+    x,
+    x_scale,
+    w,
+    w_scale,
+    bias,
+    tiles,
+    num_tiles,
+    rows,
+    h,
+    h_scale,
+    x_static,
+    h_static,
+    LIMIT: gl.constexpr,
+    SLOTS: gl.constexpr,
+    g: gl.constexpr,
+):
     """h[place] = swiglu(x[token of place] @ w[expert].T + bias[expert]), quantised for the second GEMM. Program (j, t):
     columns j * BN .. of tile t, which are BN/2 consecutive values of h, and in mx formats exactly one scale group."""
     tile, block = gl.program_id(1), gl.program_id(0)
     if tile >= gl.load(num_tiles):
         return
-    expert, first, count = gl.load(tiles + 4 * tile), gl.load(tiles + 4 * tile + 1), gl.load(tiles + 4 * tile + 2)
+    expert, first, count = (
+        gl.load(tiles + 4 * tile),
+        gl.load(tiles + 4 * tile + 1),
+        gl.load(tiles + 4 * tile + 2),
+    )
     place = gl.arange(0, g.BM, only(1, g.a, 3))
     row = cdna4.buffer_load(rows, first + place, mask=place < count)
     place = gl.arange(0, g.BM, only(1, g.a_scale, 3))
@@ -679,7 +877,10 @@ def dispatch_kernel(x, x_scale, w, w_scale, bias, tiles, num_tiles, rows, h, h_s
     bias = cdna4.buffer_load(bias, expert * g.N + n)
     w, w_scale = weights_at(w, w_scale, expert, block * g.BN, g)
     BN: gl.constexpr = g.BN
-    acc = expert_gemm(x, x_scale, row, scale_row, count, w, w_scale, BN, SLOTS, g) * x_static + bias[None, :]
+    acc = (
+        expert_gemm(x, x_scale, row, scale_row, count, w, w_scale, BN, SLOTS, g) * x_static
+        + bias[None, :]
+    )
     y = swiglu(acc, LIMIT)
     if g.STATIC:
         y = y * (1 / h_static)
@@ -688,6 +889,7 @@ def dispatch_kernel(x, x_scale, w, w_scale, bias, tiles, num_tiles, rows, h, h_s
 
 # ---------------------------------------------------------------------------------------------------------------
 # combine, decode: second GEMM of every active expert and the sum over a token's slots
+
 
 @gluon.jit
 def load_expert(tile, h, h_scale, w, w_scale, rows, n, g: gl.constexpr):
@@ -710,16 +912,38 @@ def load_expert(tile, h, h_scale, w, w_scale, rows, n, g: gl.constexpr):
 @gluon.jit
 def scalar_of(memory, index, WAVES: gl.constexpr):
     """One element of a 1-D LDS tensor, the same in every lane."""
-    return gl.sum(memory.gather(gl.full([1], index, gl.int32, gl.BlockedLayout([1], [64], [WAVES], [0])), 0), axis=0)
+    return gl.sum(
+        memory.gather(gl.full([1], index, gl.int32, gl.BlockedLayout([1], [64], [WAVES], [0])), 0),
+        axis=0,
+    )
 
 
 @gluon.jit(do_not_specialize=["T"])
-def combine_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, chosen, gates, out, T, static,
-                   TOP_K: gl.constexpr, SLOTS: gl.constexpr, TOKENS: gl.constexpr, g: gl.constexpr):
+def combine_kernel(
+    h,
+    h_scale,
+    w,
+    w_scale,
+    bias,
+    tiles,
+    num_tiles,
+    rows,
+    chosen,
+    gates,
+    out,
+    T,
+    static,
+    TOP_K: gl.constexpr,
+    SLOTS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    g: gl.constexpr,
+):
     """out[token] = sum over slots of gate * (h[place] @ w[expert].T + bias[expert]) for COLUMNS columns a program.
     Loads of AHEAD experts are in flight. A wave leaves its share of K of every row in LDS; at the end the sum runs over
     waves, then slots, in one order whatever the batch."""
-    per_xcd: gl.constexpr = (g.padded // g.COLUMNS + XCDS - 1) // XCDS  # neighbours share cache lines of scales and h
+    per_xcd: gl.constexpr = (
+        g.padded // g.COLUMNS + XCDS - 1
+    ) // XCDS  # neighbours share cache lines of scales and h
     block = gl.program_id(0) % XCDS * per_xcd + gl.program_id(0) // XCDS
     if block >= g.padded // g.COLUMNS:
         return
@@ -730,8 +954,12 @@ def combine_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, chosen,
     last = n_tiles - 1
 
     # what the end needs, and the list of tiles, are requested first
-    final: gl.constexpr = gl.BlockedLayout([g.WAVES, 1, 1, 1], [1, 64 // (SLOTS * g.COLUMNS), SLOTS, g.COLUMNS],
-                                           [1, g.WAVES, 1, 1], [3, 2, 1, 0])  # a lane: all waves of (token, slot, n)
+    final: gl.constexpr = gl.BlockedLayout(
+        [g.WAVES, 1, 1, 1],
+        [1, 64 // (SLOTS * g.COLUMNS), SLOTS, g.COLUMNS],
+        [1, g.WAVES, 1, 1],
+        [3, 2, 1, 0],
+    )  # a lane: all waves of (token, slot, n)
     weighted: gl.constexpr = gl.SliceLayout(0, final)
     token, slot = iota(0, TOKENS, weighted), iota(1, SLOTS, weighted)
     valid = (token < T) & (slot < TOP_K)
@@ -742,7 +970,9 @@ def combine_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, chosen,
     head = ()
     for j in gl.static_range(AHEAD):
         tile = tiles + 4 * gl.minimum(j, last)
-        head = head + ((gl.load(tile), gl.load(tile + 1), gl.where(j <= last, gl.load(tile + 2), 0)),)
+        head = head + (
+            (gl.load(tile), gl.load(tile + 1), gl.where(j <= last, gl.load(tile + 2), 0)),
+        )
     zero = gl.full([g.WAVES, g.BM, g.BN], 0, gl.float32, g.acc)
     ring = ()
     for j in gl.static_range(AHEAD):
@@ -758,12 +988,18 @@ def combine_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, chosen,
     ROWS: gl.constexpr = TOKENS * SLOTS
     CELLS: gl.constexpr = g.WAVES * ROWS * g.COLUMNS
     TILE: gl.constexpr = g.BM * g.BN
-    partial = gl.allocate_shared_memory(gl.float32, [triton.next_power_of_2(CELLS + g.WAVES * TILE)], flat)
+    partial = gl.allocate_shared_memory(
+        gl.float32, [triton.next_power_of_2(CELLS + g.WAVES * TILE)], flat
+    )
     wave, place, n = iota(0, g.WAVES, g.acc), iota(1, g.BM, g.acc), iota(2, g.BN, g.acc)
-    dump = CELLS + wave * TILE + n % 4 * 64 + n // 4 * g.BM + place  # a wave's lanes in 64 different banks
+    dump = (
+        CELLS + wave * TILE + n % 4 * 64 + n // 4 * g.BM + place
+    )  # a wave's lanes in 64 different banks
     for i in range(0, n_tiles, AHEAD):
         for j in gl.static_range(AHEAD):
-            if i + j <= last:  # a block of its own: LLVM moves none of it up to where its loads would be awaited
+            if (
+                i + j <= last
+            ):  # a block of its own: LLVM moves none of it up to where its loads would be awaited
                 steps, row, count = ring[j]
                 acc = zero
                 for step in gl.static_range(STEPS):
@@ -776,16 +1012,21 @@ def combine_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, chosen,
             count = gl.where(ahead <= last, scalar_of(listed, at + 2, g.WAVES), 0)
             words = (scalar_of(listed, at, g.WAVES), scalar_of(listed, at + 1, g.WAVES), count)
             loads = load_expert(words, h, h_scale, w, w_scale, rows, block * g.COLUMNS, g)
-            ring = ring[:j] + (loads,) + ring[j + 1:]
+            ring = ring[:j] + (loads,) + ring[j + 1 :]
     gl.barrier()
 
     token, slot = iota(1, TOKENS, final, 4), iota(2, SLOTS, final, 4)
     row = gl.where((token < T) & (slot < TOP_K), token * SLOTS + slot, 0)  # row 0 exists
     cell = (iota(0, g.WAVES, final, 4) * ROWS + row) * g.COLUMNS + iota(3, g.COLUMNS, final, 4)
     acc = partial.gather(cell.reshape(CELLS), 0).reshape(g.WAVES, TOKENS, SLOTS, g.COLUMNS)
-    acc = gl.sum(gl.convert_layout(acc, final, assert_trivial=True), axis=0)  # [TOKENS, SLOTS, COLUMNS]
+    acc = gl.sum(
+        gl.convert_layout(acc, final, assert_trivial=True), axis=0
+    )  # [TOKENS, SLOTS, COLUMNS]
     y = gl.sum(gl.where(valid, gate * (acc * static + bias), 0), axis=1)  # [TOKENS, COLUMNS]
-    token, n = iota(0, TOKENS, y.type.layout, 2), column_of(block * g.COLUMNS + iota(1, g.COLUMNS, y.type.layout, 2))
+    token, n = (
+        iota(0, TOKENS, y.type.layout, 2),
+        column_of(block * g.COLUMNS + iota(1, g.COLUMNS, y.type.layout, 2)),
+    )
     cdna4.buffer_store(y.to(gl.bfloat16), out, token * g.N + n, mask=(token < T) & (n < g.N))
 
 
@@ -800,9 +1041,11 @@ def combine_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, chosen,
 # The four pieces of a step of K are copied from memory to LDS, RING steps ahead, read from there into registers one
 # quadrant before they are multiplied, and never pass through registers in between.
 
+
 @dataclass(frozen=True)
 class Slices(Shape):
     """Prefill: the tile and its layouts."""
+
     RING: int  # steps of K in LDS
 
     @property
@@ -870,7 +1113,9 @@ class Slices(Shape):
     @property
     def x_copy(self):
         """x [64 rows, chunks, 16 bytes] on its way to LDS: consecutive lanes hold the chunks of a row, then rows."""
-        return gl.BlockedLayout([1, 1, self.w_lane], [64 // self.chunks, self.chunks, 1], [4, 1, 1], [2, 1, 0])
+        return gl.BlockedLayout(
+            [1, 1, self.w_lane], [64 // self.chunks, self.chunks, 1], [4, 1, 1], [2, 1, 0]
+        )
 
     @property
     def w_copy(self):
@@ -899,23 +1144,30 @@ class Slices(Shape):
     def x_shared(self):
         """x [64, x_step] in LDS, swizzled."""
         within = [[0, 1 << i] for i in range(self.x_step.bit_length() - 1)]
-        return gl.SharedLinearLayout(within + [[1 << i, s * self.w_lane] for i, s in enumerate(self.swizzle)])
+        return gl.SharedLinearLayout(
+            within + [[1 << i, s * self.w_lane] for i, s in enumerate(self.swizzle)]
+        )
 
     @property
     def w_shared(self):
         """w [64 bytes of K, 128] in LDS, as it is packed: the 64 lanes of a ds_read_b128 read 1,024 bytes in a row."""
         k = [[1 << i, 0] for i in range((4 * self.w_lane).bit_length() - 1)]
-        return gl.SharedLinearLayout(k[:-2] + [[0, 1], [0, 2], [0, 4], [0, 8]] + k[-2:] + [[0, 16], [0, 32], [0, 64]])
+        return gl.SharedLinearLayout(
+            k[:-2] + [[0, 1], [0, 2], [0, 4], [0, 8]] + k[-2:] + [[0, 16], [0, 32], [0, 64]]
+        )
 
     @property
     def w_scale_shared(self):
         """Scales of w [128, 4] in LDS, as they are packed: a lane's four tiles are one dword."""
-        return gl.SharedLinearLayout([[16, 0], [32, 0], [1, 0], [2, 0], [4, 0], [8, 0], [0, 1], [0, 2], [64, 0]])
+        return gl.SharedLinearLayout(
+            [[16, 0], [32, 0], [1, 0], [2, 0], [4, 0], [8, 0], [0, 1], [0, 2], [64, 0]]
+        )
 
 
 class Pipeline(NamedTuple):
     """What the verbs share. For every piece: a ring of LDS slots, where it comes from at step 0, and of each half
     the offsets there and which of its rows or columns exist."""
+
     x_ring: tuple
     x: gl.tensor
     x_at: tuple
@@ -967,16 +1219,36 @@ def pipeline(x, x_scale, rows, scale_rows, count, w, w_scale, expert, column, g:
     RING: gl.constexpr = g.RING
     x_ring, w_ring, x_scale_ring, w_scale_ring = (), (), (), ()
     for _ in gl.static_range(RING):
-        x_ring = x_ring + ((gl.allocate_shared_memory(x_type, [64, g.chunks, g.w_lane], flat),
-                            gl.allocate_shared_memory(x_type, [64, g.chunks, g.w_lane], flat)),)
-        w_ring = w_ring + ((gl.allocate_shared_memory(w_type, [8, 64, g.w_lane], flat),
-                            gl.allocate_shared_memory(w_type, [8, 64, g.w_lane], flat)),)
+        x_ring = x_ring + (
+            (
+                gl.allocate_shared_memory(x_type, [64, g.chunks, g.w_lane], flat),
+                gl.allocate_shared_memory(x_type, [64, g.chunks, g.w_lane], flat),
+            ),
+        )
+        w_ring = w_ring + (
+            (
+                gl.allocate_shared_memory(w_type, [8, 64, g.w_lane], flat),
+                gl.allocate_shared_memory(w_type, [8, 64, g.w_lane], flat),
+            ),
+        )
         if g.MX:
             x_scale_ring = x_scale_ring + (gl.allocate_shared_memory(gl.uint8, [256, 1, 4], flat),)
         if g.W == "e2m1":
             w_scale_ring = w_scale_ring + (gl.allocate_shared_memory(gl.uint8, [4, 64, 4], flat),)
-    return Pipeline(x_ring, x, (top, bottom), x_scale_ring, x_scale, x_scale_at, w_ring, w, (left, right), w_scale_ring,
-                    w_scale, w_scale_at)
+    return Pipeline(
+        x_ring,
+        x,
+        (top, bottom),
+        x_scale_ring,
+        x_scale,
+        x_scale_at,
+        w_ring,
+        w,
+        (left, right),
+        w_scale_ring,
+        w_scale,
+        w_scale_at,
+    )
 
 
 # The verbs. A half is 0 (top, left) or 1 (bottom, right). What an issue copies is in LDS, for all waves, after the wait
@@ -984,16 +1256,21 @@ def pipeline(x, x_scale, rows, scale_rows, count, w, w_scale, expert, column, g:
 # is also the barrier of its region: Triton puts s_barrier behind its s_waitcnt. A gl.barrier() would be a second one
 # and, in triton 3.7.1, drain the queue as well. The tests read from the assembly that every region has its barrier.
 
+
 @gluon.jit
 def issue_x(p, half: gl.constexpr, step, slot: gl.constexpr, LAST: gl.constexpr, g: gl.constexpr):
     """One group: half of x; with the top, the scales of both halves. In the LAST step only what is inside K."""
     offsets, exists = p.x_at[half]
     if LAST:
         exists = exists & (chunk_of_lane(g) < g.chunks_left)
-    cdna4.async_copy.buffer_load_to_shared(p.x_ring[slot][half], p.x + step * g.x_step, offsets, mask=exists)
+    cdna4.async_copy.buffer_load_to_shared(
+        p.x_ring[slot][half], p.x + step * g.x_step, offsets, mask=exists
+    )
     if g.MX and half == 0:
         offsets, exists = p.x_scale_at
-        cdna4.async_copy.buffer_load_to_shared(p.x_scale_ring[slot], p.x_scale + step * 4, offsets, mask=exists)
+        cdna4.async_copy.buffer_load_to_shared(
+            p.x_scale_ring[slot], p.x_scale + step * 4, offsets, mask=exists
+        )
     cdna4.async_copy.commit_group()
 
 
@@ -1003,12 +1280,16 @@ def issue_w(p, half: gl.constexpr, step, slot: gl.constexpr, LAST: gl.constexpr,
     offsets, exists = p.w_at[half]
     if LAST:
         exists = exists & (iota(1, 64, g.w_copy) < g.lanes_left)
-    cdna4.async_copy.buffer_load_to_shared(p.w_ring[slot][half], p.w + step * (64 * g.w_lane), offsets, mask=exists)
+    cdna4.async_copy.buffer_load_to_shared(
+        p.w_ring[slot][half], p.w + step * (64 * g.w_lane), offsets, mask=exists
+    )
     if g.W == "e2m1" and half == 0:
         offsets, exists = p.w_scale_at
         if LAST:
             exists = exists & (iota(1, 64, g.w_scale_copy) < g.lanes_left)
-        cdna4.async_copy.buffer_load_to_shared(p.w_scale_ring[slot], p.w_scale + step * 256, offsets, mask=exists)
+        cdna4.async_copy.buffer_load_to_shared(
+            p.w_scale_ring[slot], p.w_scale + step * 256, offsets, mask=exists
+        )
     cdna4.async_copy.commit_group()
 
 
@@ -1020,7 +1301,9 @@ def wait(groups: gl.constexpr):
 
 @gluon.jit
 def read(memory, M: gl.constexpr, N: gl.constexpr, shared: gl.constexpr, layout: gl.constexpr):
-    return cdna4.async_copy.load_shared_relaxed(reinterpret(memory, memory.dtype, [M, N], shared), layout)
+    return cdna4.async_copy.load_shared_relaxed(
+        reinterpret(memory, memory.dtype, [M, N], shared), layout
+    )
 
 
 @gluon.jit
@@ -1075,11 +1358,16 @@ def mfma(acc, x, x_scale, w, w_scale, g: gl.constexpr):
 def more(a, b: gl.constexpr):
     """a > b, of scalars, by a scalar comparison in this very place: knowing that it never changes, LLVM would keep the
     answer in a vector register, at two vector instructions a branch."""
-    return gl.inline_asm_elementwise("; compare", "=s,0", [a], dtype=gl.int32, is_pure=False, pack=1) > b
+    return (
+        gl.inline_asm_elementwise("; compare", "=s,0", [a], dtype=gl.int32, is_pure=False, pack=1)
+        > b
+    )
 
 
 @gluon.jit
-def sliced_step(p, k, slot: gl.constexpr, LEFT: gl.constexpr, state, rows, columns, g: gl.constexpr):
+def sliced_step(
+    p, k, slot: gl.constexpr, LEFT: gl.constexpr, state, rows, columns, g: gl.constexpr
+):
     """Step k of K, which is in `slot`, for quadrants of which `rows` and `columns` exist. LEFT steps come after it.
 
         region       1               2               3               4
@@ -1152,9 +1440,19 @@ def sliced_gemm(p, left, right, rows, columns, g: gl.constexpr):
         issue_x(p, 1, s, s, s == STEPS - 1, g)
         issue_w(p, 1, s, s, s == STEPS - 1, g)
     wait(4 * AHEAD - 2)  # for the first two groups
-    state = (left, left, right, right, read_x(p, 0, 0, g), read_w(p, 0, 0, g), read_x_scales(p, 0, STEPS == 1, g),
-             read_w_scales(p, 0, g))
-    LOOP: gl.constexpr = max(0, (STEPS - 1 - RING) // RING * RING)  # whole rings before the last step is issued
+    state = (
+        left,
+        left,
+        right,
+        right,
+        read_x(p, 0, 0, g),
+        read_w(p, 0, 0, g),
+        read_x_scales(p, 0, STEPS == 1, g),
+        read_w_scales(p, 0, g),
+    )
+    LOOP: gl.constexpr = max(
+        0, (STEPS - 1 - RING) // RING * RING
+    )  # whole rings before the last step is issued
     for k in range(0, LOOP, RING):
         for slot in gl.static_range(RING):
             state = sliced_step(p, k + slot, slot, STEPS, state, rows, columns, g)
@@ -1188,7 +1486,10 @@ def starts(bias, expert, column, static, g: gl.constexpr):
     """What the left and right quadrants start with: in every row the bias, in units of the static scale."""
     n = column + column_of(gl.arange(0, 128, only(1, g.acc, 2)))
     bias += expert * g.N
-    left, right = cdna4.buffer_load(bias, n, mask=n < g.N), cdna4.buffer_load(bias, n + 128, mask=n + 128 < g.N)
+    left, right = (
+        cdna4.buffer_load(bias, n, mask=n < g.N),
+        cdna4.buffer_load(bias, n + 128, mask=n + 128 < g.N),
+    )
     if g.STATIC:
         left, right = left * (1 / static), right * (1 / static)
     zero = gl.zeros([64, 128], gl.float32, g.acc)
@@ -1204,7 +1505,9 @@ def in_order(y):
 
 
 @gluon.jit
-def store_swiglu(acc, h, h_scale, first, count, column, x_static, h_static, LIMIT: gl.constexpr, g: gl.constexpr):
+def store_swiglu(
+    acc, h, h_scale, first, count, column, x_static, h_static, LIMIT: gl.constexpr, g: gl.constexpr
+):
     """A quadrant through SwiGLU to rows first .. of h [*, N/2], from the half of `column`, in the format."""
     if g.STATIC:
         acc = acc * x_static
@@ -1214,7 +1517,9 @@ def store_swiglu(acc, h, h_scale, first, count, column, x_static, h_static, LIMI
     else:
         if g.STATIC:
             y = y * (1 / h_static)
-        q, scale = quantise(y.reshape(128, 32), g.X, g.MX)  # 64 columns are 32 values, in mx formats one scale group
+        q, scale = quantise(
+            y.reshape(128, 32), g.X, g.MX
+        )  # 64 columns are 32 values, in mx formats one scale group
         q = q.reshape(64, 2 * q.shape[1])
     q = in_order(q)
     v: gl.constexpr = 128 // q.shape[1]  # columns of the product in a stored element
@@ -1222,14 +1527,32 @@ def store_swiglu(acc, h, h_scale, first, count, column, x_static, h_static, LIMI
     cdna4.buffer_store(q, h, (first + row) * (g.N // v) + n, mask=(row < count) & (n < g.N // v))
     if g.MX:
         scale = scale.reshape(64, 2)
-        row, n = iota(0, 64, scale.type.layout, 2), column // BLOCK + iota(1, 2, scale.type.layout, 2)
+        row, n = (
+            iota(0, 64, scale.type.layout, 2),
+            column // BLOCK + iota(1, 2, scale.type.layout, 2),
+        )
         exists = (row < count) & (n < g.N // BLOCK)
         cdna4.buffer_store(scale, h_scale, (first + row) * scale_bytes(g.N // 2) + n, mask=exists)
 
 
 @gluon.jit
-def prefill_dispatch_kernel(x, x_scale, w, w_scale, bias, tiles, num_tiles, rows, h, h_scale, x_static, h_static,
-                            LIMIT: gl.constexpr, SLOTS: gl.constexpr, g: gl.constexpr):
+def prefill_dispatch_kernel(
+    x,
+    x_scale,
+    w,
+    w_scale,
+    bias,
+    tiles,
+    num_tiles,
+    rows,
+    h,
+    h_scale,
+    x_static,
+    h_static,
+    LIMIT: gl.constexpr,
+    SLOTS: gl.constexpr,
+    g: gl.constexpr,
+):
     """What dispatch_kernel does, for a tile and a panel a program."""
     expert, first, count, column = tile_of_program(tiles, num_tiles, g)
     if count == 0:
@@ -1246,8 +1569,18 @@ def prefill_dispatch_kernel(x, x_scale, w, w_scale, bias, tiles, num_tiles, rows
         for bottom_half in gl.static_range(2):
             first_row, n = 64 * bottom_half, column + 128 * right_half
             if (count > first_row) & (g.N > n):
-                store_swiglu(quadrants[2 * right_half + bottom_half], h, h_scale, first + first_row,
-                             count - first_row, n, x_static, h_static, LIMIT, g)
+                store_swiglu(
+                    quadrants[2 * right_half + bottom_half],
+                    h,
+                    h_scale,
+                    first + first_row,
+                    count - first_row,
+                    n,
+                    x_static,
+                    h_static,
+                    LIMIT,
+                    g,
+                )
 
 
 @gluon.jit
@@ -1260,12 +1593,15 @@ def store_weighted(acc, weighted, rows, gates, first, count, column, static, g: 
     if g.STATIC:
         gate = gate * static
     y = (y * gate[:, None]).to(gl.bfloat16)
-    cdna4.buffer_store(y, weighted, row[:, None] * g.N + n, mask=(place < count)[:, None] & (n < g.N))
+    cdna4.buffer_store(
+        y, weighted, row[:, None] * g.N + n, mask=(place < count)[:, None] & (n < g.N)
+    )
 
 
 @gluon.jit
-def prefill_combine_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, gates, weighted, static,
-                           g: gl.constexpr):
+def prefill_combine_kernel(
+    h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, gates, weighted, static, g: gl.constexpr
+):
     """weighted[row] = gate[row] * (h[place of row] @ w[expert].T + bias[expert]), bf16 [T * SLOTS, N], for a tile and a
     panel a program. In float32 it would be half of all the layer's traffic at 8192 tokens."""
     expert, first, count, column = tile_of_program(tiles, num_tiles, g)
@@ -1280,15 +1616,34 @@ def prefill_combine_kernel(h, h_scale, w, w_scale, bias, tiles, num_tiles, rows,
         for bottom_half in gl.static_range(2):
             first_row, n = 64 * bottom_half, column + 128 * right_half
             if (count > first_row) & (g.N > n):
-                store_weighted(quadrants[2 * right_half + bottom_half], weighted, rows, gates, first + first_row,
-                               count - first_row, n, static, g)
+                store_weighted(
+                    quadrants[2 * right_half + bottom_half],
+                    weighted,
+                    rows,
+                    gates,
+                    first + first_row,
+                    count - first_row,
+                    n,
+                    static,
+                    g,
+                )
 
 
 @gluon.jit
-def sum_slots_kernel(weighted, out, N: gl.constexpr, TOP_K: gl.constexpr, SLOTS: gl.constexpr, BN: gl.constexpr,
-                     WAVES: gl.constexpr):
+def sum_slots_kernel(
+    weighted,
+    out,
+    N: gl.constexpr,
+    TOP_K: gl.constexpr,
+    SLOTS: gl.constexpr,
+    BN: gl.constexpr,
+    WAVES: gl.constexpr,
+):
     """out[token] = sum of its rows, in the order of slots."""
-    token, n = gl.program_id(1), gl.program_id(0) * BN + gl.arange(0, BN, gl.BlockedLayout([8], [64], [WAVES], [0]))
+    token, n = (
+        gl.program_id(1),
+        gl.program_id(0) * BN + gl.arange(0, BN, gl.BlockedLayout([8], [64], [WAVES], [0])),
+    )
     weighted += token.to(gl.int64) * (SLOTS * N)
     y = cdna4.buffer_load(weighted, n, mask=n < N).to(gl.float32)
     for slot in gl.static_range(1, TOP_K):
@@ -1299,9 +1654,11 @@ def sum_slots_kernel(weighted, out, N: gl.constexpr, TOP_K: gl.constexpr, SLOTS:
 # ---------------------------------------------------------------------------------------------------------------
 # Launchers
 
+
 @dataclass
 class Routing:
     """What `gating_gemm` leaves on the device for the expert GEMMs."""
+
     x: torch.Tensor  # activations of the first GEMM: bf16 [T, H], or uint8 [T, H], [T, H/2] (e2m1)
     x_scale: torch.Tensor  # uint8 [T, H/32] in mx formats
     chosen: torch.Tensor  # int32 [T, SLOTS]: expert ids, the largest logit first
@@ -1317,7 +1674,9 @@ def gemm(kernel: str, packed: PackedExperts) -> Gemm:
     """The decode tile of "dispatch" or "combine". Figures are for 120b (H = I = 2880, 4 of 128 experts), mxfp8, triton
     3.7.1. Raises ValueError for an inner size beyond the registers."""
     f = FORMATS[packed.activations]
-    bf16 = f.weights == torch.bfloat16  # 4 times the bytes a column: half the columns or steps for the same flight
+    bf16 = (
+        f.weights == torch.bfloat16
+    )  # 4 times the bytes a column: half the columns or steps for the same flight
     if kernel == "dispatch":
         # 64 columns are one scale group of h, and 360 workgroups at one token. All 6 steps of a wave are in flight, 28
         # KB: 186 registers, 2 workgroups a CU
@@ -1329,7 +1688,9 @@ def gemm(kernel: str, packed: PackedExperts) -> Gemm:
     w, waves, most = packed.down, 8, 6 if bf16 else 12
     steps = triton.cdiv(w.K, waves * STEP.value)
     if steps > most:
-        raise ValueError(f"inner size {w.K}: combine holds an expert's steps, up to {most * waves * STEP.value}")
+        raise ValueError(
+            f"inner size {w.K}: combine holds an expert's steps, up to {most * waves * STEP.value}"
+        )
     return Gemm(*shape(f, w), 16, 16, 8, waves, min(4, most // steps))
 
 
@@ -1351,8 +1712,14 @@ def prefill_grid(g: Slices, routing) -> tuple[int]:
 
 def empty_activations(f: Format, rows: int, K: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for rows of K values in a format, and for their scales (one unused byte where it has none)."""
-    width, dtype = (K, torch.bfloat16) if f.element == "bf16" else (K // 2 if f.element == "e2m1" else K, torch.uint8)
-    scale = torch.empty((rows, scale_bytes(K)) if f.scale == "mx" else 1, dtype=torch.uint8, device=device)
+    width, dtype = (
+        (K, torch.bfloat16)
+        if f.element == "bf16"
+        else (K // 2 if f.element == "e2m1" else K, torch.uint8)
+    )
+    scale = torch.empty(
+        (rows, scale_bytes(K)) if f.scale == "mx" else 1, dtype=torch.uint8, device=device
+    )
     return torch.empty(rows, width, dtype=dtype, device=device), scale
 
 
@@ -1360,10 +1727,17 @@ def gating_gemm(x, router_weight, router_bias, packed: PackedExperts, top_k: int
     """Router GEMM (bf16, float32 sums), top-k, gates, the sort of rows by expert, x in the experts' format: one launch
     in decode, three above. x bf16 [T, H]; router_weight bf16 [E, H], router_bias bf16 or float32 [E]."""
     (T, H), E, device = x.shape, len(router_weight), x.device
-    f, decode, slots = FORMATS[packed.activations], T <= DECODE_TOKENS, triton.next_power_of_2(top_k)
+    f, decode, slots = (
+        FORMATS[packed.activations],
+        T <= DECODE_TOKENS,
+        triton.next_power_of_2(top_k),
+    )
     BM, R, experts = 16 if decode else 128, T * slots, max(16, triton.next_power_of_2(E))
     integers = {"dtype": torch.int32, "device": device}
-    chosen, gates = torch.empty(T, slots, **integers), torch.empty(T, slots, dtype=torch.float32, device=device)
+    chosen, gates = (
+        torch.empty(T, slots, **integers),
+        torch.empty(T, slots, dtype=torch.float32, device=device),
+    )
     rows, num_tiles = torch.empty(R, **integers), torch.empty(1, **integers)
     tiles = torch.empty(min(R, E + R // BM), 4, **integers)  # no split of R rows makes more
     logits = torch.empty(T, E, dtype=torch.float32, device=device)
@@ -1371,15 +1745,55 @@ def gating_gemm(x, router_weight, router_bias, packed: PackedExperts, top_k: int
     # in decode 4 experts a workgroup: 32 CUs read the router, 23 KB each; above, reading it once a tile counts
     columns = 4 if decode else 16
     g = Gemm(H, E, "bf16", False, "bf16", 16 if decode else 32, 16, columns, 8, 0)
-    grid = (triton.cdiv(E, columns) + (0 if f.scale == "none" else H // GROUP.value), triton.cdiv(T, g.BM))
-    route_kernel[grid](x, router_weight, router_bias, logits, packed.arrived, q, q_scale, tiles, num_tiles, rows,
-                       chosen, gates, T, packed.gate_up.input_scale, f.element, f.scale == "mx", experts, top_k, slots,
-                       decode, g, num_warps=g.WAVES)
+    grid = (
+        triton.cdiv(E, columns) + (0 if f.scale == "none" else H // GROUP.value),
+        triton.cdiv(T, g.BM),
+    )
+    route_kernel[grid](
+        x,
+        router_weight,
+        router_bias,
+        logits,
+        packed.arrived,
+        q,
+        q_scale,
+        tiles,
+        num_tiles,
+        rows,
+        chosen,
+        gates,
+        T,
+        packed.gate_up.input_scale,
+        f.element,
+        f.scale == "mx",
+        experts,
+        top_k,
+        slots,
+        decode,
+        g,
+        num_warps=g.WAVES,
+    )
     if not decode:
         programs = triton.cdiv(T, 16)
         counts = torch.empty(programs, E, **integers)
-        select_kernel[(programs,)](logits, chosen, gates, counts, T, E, experts, top_k, slots, 16, 4, num_warps=4)
-        sort_kernel[(E,)](chosen, counts, tiles, num_tiles, rows, programs, R, E, experts, BM, 1024, 4, num_warps=4)
+        select_kernel[(programs,)](
+            logits, chosen, gates, counts, T, E, experts, top_k, slots, 16, 4, num_warps=4
+        )
+        sort_kernel[(E,)](
+            chosen,
+            counts,
+            tiles,
+            num_tiles,
+            rows,
+            programs,
+            R,
+            E,
+            experts,
+            BM,
+            1024,
+            4,
+            num_warps=4,
+        )
     return Routing(q, q_scale, chosen, gates, rows, tiles, num_tiles, BM, top_k)
 
 
@@ -1388,14 +1802,30 @@ def dispatch_swiglu(routing: Routing, packed: PackedExperts, swiglu_limit: float
     [T * SLOTS, I] or [T * SLOTS, I/2] (e2m1), and its scales uint8 [T * SLOTS, I/32] in mx formats."""
     f, w, (T, slots) = FORMATS[packed.activations], packed.gate_up, routing.chosen.shape
     h, h_scale = empty_activations(f, T * slots, w.N // 2, w.data.device)
-    arguments = (routing.x, routing.x_scale, w.data, w.scale, w.bias, routing.tiles, routing.num_tiles, routing.rows, h,
-                 h_scale, w.input_scale, packed.down.input_scale, swiglu_limit, slots)
+    arguments = (
+        routing.x,
+        routing.x_scale,
+        w.data,
+        w.scale,
+        w.bias,
+        routing.tiles,
+        routing.num_tiles,
+        routing.rows,
+        h,
+        h_scale,
+        w.input_scale,
+        packed.down.input_scale,
+        swiglu_limit,
+        slots,
+    )
     if T <= DECODE_TOKENS:
         g = gemm("dispatch", packed)
         dispatch_kernel[w.N // g.BN, len(routing.tiles)](*arguments, g, num_warps=g.WAVES)
     else:
         g = slices(packed, w)
-        prefill_dispatch_kernel[prefill_grid(g, routing)](*arguments, g, num_warps=4, waves_per_eu=2)
+        prefill_dispatch_kernel[prefill_grid(g, routing)](
+            *arguments, g, num_warps=4, waves_per_eu=2
+        )
     return h, h_scale
 
 
@@ -1408,34 +1838,63 @@ def combine(h, h_scale, routing: Routing, packed: PackedExperts) -> torch.Tensor
     if T <= DECODE_TOKENS:
         g = gemm("combine", packed)
         grid = (triton.cdiv(g.padded // g.COLUMNS, XCDS.value) * XCDS.value,)
-        combine_kernel[grid](*inputs, routing.chosen, routing.gates, out, T, w.input_scale, routing.top_k, slots,
-                             DECODE_TOKENS, g, num_warps=g.WAVES)
+        combine_kernel[grid](
+            *inputs,
+            routing.chosen,
+            routing.gates,
+            out,
+            T,
+            w.input_scale,
+            routing.top_k,
+            slots,
+            DECODE_TOKENS,
+            g,
+            num_warps=g.WAVES,
+        )
     else:
         weighted = torch.empty(T * slots, w.N, dtype=torch.bfloat16, device=h.device)
         g = slices(packed, w)
-        prefill_combine_kernel[prefill_grid(g, routing)](*inputs, routing.gates, weighted, w.input_scale, g,
-                                                         num_warps=4, waves_per_eu=2)
-        sum_slots_kernel[triton.cdiv(w.N, 2048), T](weighted, out, w.N, routing.top_k, slots, 2048, 4, num_warps=4)
+        prefill_combine_kernel[prefill_grid(g, routing)](
+            *inputs, routing.gates, weighted, w.input_scale, g, num_warps=4, waves_per_eu=2
+        )
+        sum_slots_kernel[triton.cdiv(w.N, 2048), T](
+            weighted, out, w.N, routing.top_k, slots, 2048, 4, num_warps=4
+        )
     return out
 
 
-def moe(x, router_weight, router_bias, packed: PackedExperts, top_k: int, activations: str | None = None,
-        swiglu_limit: float = 7.0) -> torch.Tensor:
+def moe(
+    x,
+    router_weight,
+    router_bias,
+    packed: PackedExperts,
+    top_k: int,
+    activations: str | None = None,
+    swiglu_limit: float = 7.0,
+) -> torch.Tensor:
     """The whole layer. x bf16 [T, H], router_weight bf16 [E, H], router_bias bf16 or float32 [E] -> bf16 [T, H].
     `activations`, if given, must be what `packed` was prepared for. Nothing is read back to the host. Raises ValueError
     for what the kernels do not take."""
     E, H = router_weight.shape
     if activations not in (None, packed.activations):
-        raise ValueError(f"activations={activations!r}, but the weights were prepared for {packed.activations!r}")
+        raise ValueError(
+            f"activations={activations!r}, but the weights were prepared for {packed.activations!r}"
+        )
     if x.dtype != torch.bfloat16 or router_weight.dtype != torch.bfloat16:
-        raise ValueError(f"x is {x.dtype} and the router {router_weight.dtype}: the kernels take bfloat16")
+        raise ValueError(
+            f"x is {x.dtype} and the router {router_weight.dtype}: the kernels take bfloat16"
+        )
     if x.shape[1:] != (H,) or H != packed.gate_up.K or E != len(packed.gate_up.data):
-        raise ValueError(f"x is {list(x.shape)}, the router {E} x {H}, the experts {len(packed.gate_up.data)} of "
-                         f"{packed.gate_up.K}")
+        raise ValueError(
+            f"x is {list(x.shape)}, the router {E} x {H}, the experts {len(packed.gate_up.data)} of "
+            f"{packed.gate_up.K}"
+        )
     if not 1 <= top_k <= min(E, 8):
         raise ValueError(f"top_k={top_k}: expected 1 to 8, and no more than the {E} experts")
     if len(x) * triton.next_power_of_2(top_k) * max(H, packed.down.K) * 2 >= 2**31:
-        raise ValueError(f"{len(x)} tokens at once: split them, an intermediate would exceed 2 GB, a buffer's range")
+        raise ValueError(
+            f"{len(x)} tokens at once: split them, an intermediate would exceed 2 GB, a buffer's range"
+        )
     if len(x) == 0:
         return torch.empty_like(x)
     routing = gating_gemm(x.contiguous(), router_weight.contiguous(), router_bias, packed, top_k)
@@ -1445,10 +1904,12 @@ def moe(x, router_weight, router_bias, packed: PackedExperts, top_k: int, activa
 # ---------------------------------------------------------------------------------------------------------------
 # What the compiler made
 
+
 @dataclass(frozen=True)
 class Profile:
     """Of a compiled kernel: registers, spilled registers, scratch bytes a lane, LDS bytes a workgroup, waves a SIMD (by
     registers and LDS, from LLVM), code bytes."""
+
     sgprs: int
     vgprs: int
     agprs: int
@@ -1468,9 +1929,17 @@ def static_profile(compiled) -> Profile:
         return int(re.search(name + r"\s+(\d+)", text).group(1))
 
     agprs = number(r"\.agpr_count:")
-    return Profile(number(r"\.sgpr_count:"), number(r"\.vgpr_count:") - agprs, agprs, number(r"\.sgpr_spill_count:"),
-                   number(r"\.vgpr_spill_count:"), number(r"\.private_segment_fixed_size:"), compiled.metadata.shared,
-                   number("; Occupancy:"), number("; codeLenInByte ="))
+    return Profile(
+        number(r"\.sgpr_count:"),
+        number(r"\.vgpr_count:") - agprs,
+        agprs,
+        number(r"\.sgpr_spill_count:"),
+        number(r"\.vgpr_spill_count:"),
+        number(r"\.private_segment_fixed_size:"),
+        compiled.metadata.shared,
+        number("; Occupancy:"),
+        number("; codeLenInByte ="),
+    )
 
 
 def assert_no_spills(compiled) -> Profile:

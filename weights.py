@@ -8,6 +8,7 @@
 Files are memory-mapped (safetensors) and packed experts stay packed. Shape letters, here and in gptoss.py:
 V vocabulary, H hidden size, I intermediate size, D head dim, E experts, T tokens.
 """
+
 import dataclasses
 import json
 import re
@@ -33,9 +34,14 @@ class CheckpointError(ValueError):
 
 # what this engine computes; a config that says otherwise is refused
 ARCHITECTURE = {
-    "tie_word_embeddings": False, "attention_bias": True, "hidden_act": "silu", "swiglu_alpha": 1.702,
-    "rope_scaling.rope_type": "yarn", "rope_parameters.rope_type": "yarn",
-    "rope_scaling.truncate": False, "rope_parameters.truncate": False,
+    "tie_word_embeddings": False,
+    "attention_bias": True,
+    "hidden_act": "silu",
+    "swiglu_alpha": 1.702,
+    "rope_scaling.rope_type": "yarn",
+    "rope_parameters.rope_type": "yarn",
+    "rope_scaling.truncate": False,
+    "rope_parameters.truncate": False,
 }
 LAYER_TYPES = ("sliding_attention", "full_attention")
 
@@ -48,6 +54,7 @@ def keys(*paths: str):
 @dataclass(frozen=True)
 class Config:
     """The model's constants, from either config.json schema: Hugging Face's (of transformers 4 or 5) or OpenAI's."""
+
     vocab_size: int = keys("vocab_size")
     hidden_size: int = keys("hidden_size")
     intermediate_size: int = keys("intermediate_size")
@@ -57,14 +64,25 @@ class Config:
     head_dim: int = keys("head_dim")
     num_local_experts: int = keys("num_local_experts", "num_experts")
     num_experts_per_tok: int = keys("num_experts_per_tok", "experts_per_token")
-    sliding_window: int = keys("sliding_window")  # keys that a query of a sliding layer sees, its own included
+    sliding_window: int = keys(
+        "sliding_window"
+    )  # keys that a query of a sliding layer sees, its own included
     swiglu_limit: float = keys("swiglu_limit")
     rope_theta: float = keys("rope_theta", "rope_parameters.rope_theta")
-    rope_factor: float = keys("rope_scaling.factor", "rope_parameters.factor", "rope_scaling_factor")
-    rope_beta_fast: float = keys("rope_scaling.beta_fast", "rope_parameters.beta_fast", "rope_ntk_beta")
-    rope_beta_slow: float = keys("rope_scaling.beta_slow", "rope_parameters.beta_slow", "rope_ntk_alpha")
-    initial_context_length: int = keys("rope_scaling.original_max_position_embeddings", "initial_context_length",
-                                "rope_parameters.original_max_position_embeddings")  # tokens, before YaRN
+    rope_factor: float = keys(
+        "rope_scaling.factor", "rope_parameters.factor", "rope_scaling_factor"
+    )
+    rope_beta_fast: float = keys(
+        "rope_scaling.beta_fast", "rope_parameters.beta_fast", "rope_ntk_beta"
+    )
+    rope_beta_slow: float = keys(
+        "rope_scaling.beta_slow", "rope_parameters.beta_slow", "rope_ntk_alpha"
+    )
+    initial_context_length: int = keys(
+        "rope_scaling.original_max_position_embeddings",
+        "initial_context_length",
+        "rope_parameters.original_max_position_embeddings",
+    )  # tokens, before YaRN
     max_position_embeddings: int = keys("max_position_embeddings")  # tokens
     rms_norm_eps: float = keys("rms_norm_eps")
     layer_types: tuple[str, ...] = keys("layer_types")
@@ -76,7 +94,9 @@ class Config:
         for path, required in ARCHITECTURE.items():
             found = lookup(raw, path)
             # transformers takes an absent YaRN `truncate` for true: there, absence contradicts
-            absent = found is None and (not path.endswith("truncate") or lookup(raw, path.rpartition(".")[0]) is None)
+            absent = found is None and (
+                not path.endswith("truncate") or lookup(raw, path.rpartition(".")[0]) is None
+            )
             if found != required and not absent:
                 raise CheckpointError(f"{source}: {path} is {found!r}, GPT-OSS has {required!r}")
 
@@ -93,15 +113,29 @@ class Config:
             if types is None:
                 value = (value,) if isinstance(value, int) else tuple(value)
             elif isinstance(value, bool) or not isinstance(value, types) or value <= 0:
-                raise CheckpointError(f"{source}: {paths[0]} is {value!r}, expected a positive {field.type.__name__}")
+                raise CheckpointError(
+                    f"{source}: {paths[0]} is {value!r}, expected a positive {field.type.__name__}"
+                )
             values[field.name] = value
         c = cls(**values)
         for wrong, message in (
-            (c.num_attention_heads % c.num_key_value_heads, "num_key_value_heads does not divide num_attention_heads"),
+            (
+                c.num_attention_heads % c.num_key_value_heads,
+                "num_key_value_heads does not divide num_attention_heads",
+            ),
             (c.head_dim % 2, "head_dim is odd, rotary embedding needs halves"),
-            (c.num_experts_per_tok > c.num_local_experts, "num_experts_per_tok exceeds num_local_experts"),
-            (len(c.layer_types) != c.num_hidden_layers, "layer_types and num_hidden_layers differ in length"),
-            (set(c.layer_types) - set(LAYER_TYPES), f"layer_types has entries other than {LAYER_TYPES}"),
+            (
+                c.num_experts_per_tok > c.num_local_experts,
+                "num_experts_per_tok exceeds num_local_experts",
+            ),
+            (
+                len(c.layer_types) != c.num_hidden_layers,
+                "layer_types and num_hidden_layers differ in length",
+            ),
+            (
+                set(c.layer_types) - set(LAYER_TYPES),
+                f"layer_types has entries other than {LAYER_TYPES}",
+            ),
         ):
             if wrong:
                 raise CheckpointError(f"{source}: {message}")
@@ -116,7 +150,9 @@ class Config:
             return () if name == "eos_token_id" else None
         if name == "max_position_embeddings":
             return int(earlier["initial_context_length"] * earlier["rope_factor"])
-        return {"rms_norm_eps": 1e-5, "eos_token_id": (200002, 199999, 200012)}.get(name)  # return, endoftext, call
+        return {"rms_norm_eps": 1e-5, "eos_token_id": (200002, 199999, 200012)}.get(
+            name
+        )  # return, endoftext, call
 
 
 def lookup(table: dict, path: str):
@@ -129,19 +165,23 @@ def lookup(table: dict, path: str):
 # ---------------------------------------------------------------------------------------------------------------
 # What a checkpoint becomes
 
+
 @dataclass
 class Experts:
     """One layer's experts, as stored. Rows of gate_up interleave gate (even) and up (odd).
 
     mxfp4: two e2m1 codes a byte, the low nibble first; one E8M0 scale byte s (value 2^(s-127)) per 32 inputs.
     """
+
     gate_up_weight: torch.Tensor  # uint8 [E, 2I, H/2], or bf16 [E, 2I, H]
     gate_up_scale: torch.Tensor | None  # uint8 [E, 2I, H/32]
     gate_up_bias: torch.Tensor  # [E, 2I]
     down_weight: torch.Tensor  # uint8 [E, H, I/2], or bf16 [E, H, I]
     down_scale: torch.Tensor | None  # uint8 [E, H, I/32]
     down_bias: torch.Tensor  # [E, H]
-    gate_up_input_scale: float | None = None  # Quark's static FP8 scales: the maximum over the experts
+    gate_up_input_scale: float | None = (
+        None  # Quark's static FP8 scales: the maximum over the experts
+    )
     down_input_scale: float | None = None
 
 
@@ -151,6 +191,7 @@ class Checkpoint:
     for layer l `{l}.attn_norm` [H], `{l}.qkv_weight` [(heads + 2 kv_heads) * D, H], `{l}.qkv_bias`, `{l}.sinks`
     [heads], `{l}.out_weight` [H, heads * D], `{l}.out_bias` [H], `{l}.mlp_norm` [H], `{l}.router_weight` [E, H],
     `{l}.router_bias` [E]."""
+
     config: Config
     layout: str  # "hf-mxfp4" | "openai" | "quark" | "hf-bf16"
     dense: dict[str, torch.Tensor]
@@ -178,7 +219,8 @@ model.layers.{l}.mlp.router.weight                  {l}.router_weight   bf16  E 
 model.layers.{l}.mlp.router.bias                    {l}.router_bias     bf16  E
 """
 LAYOUTS = {
-    "hf-mxfp4": HF + """
+    "hf-mxfp4": HF
+    + """
 model.layers.{l}.mlp.experts.gate_up_proj_blocks    {l}.gate_up_weight  u8    E 2I H/32 16
 model.layers.{l}.mlp.experts.gate_up_proj_scales    {l}.gate_up_scale   e8m0  E 2I H/32
 model.layers.{l}.mlp.experts.gate_up_proj_bias      {l}.gate_up_bias    bf16  E 2I
@@ -186,13 +228,15 @@ model.layers.{l}.mlp.experts.down_proj_blocks       {l}.down_weight     u8    E 
 model.layers.{l}.mlp.experts.down_proj_scales       {l}.down_scale      e8m0  E H I/32
 model.layers.{l}.mlp.experts.down_proj_bias         {l}.down_bias       bf16  E H
 """,
-    "hf-bf16": HF + """
+    "hf-bf16": HF
+    + """
 model.layers.{l}.mlp.experts.gate_up_proj           {l}.gate_up_weight  bf16  E H 2I
 model.layers.{l}.mlp.experts.gate_up_proj_bias      {l}.gate_up_bias    bf16  E 2I
 model.layers.{l}.mlp.experts.down_proj              {l}.down_weight     bf16  E I H
 model.layers.{l}.mlp.experts.down_proj_bias         {l}.down_bias       bf16  E H
 """,
-    "quark": HF + """
+    "quark": HF
+    + """
 model.layers.{l}.mlp.experts.{e}.gate_up_proj.weight        {l}.gate_up_weight       u8     2I H/2
 model.layers.{l}.mlp.experts.{e}.gate_up_proj.weight_scale  {l}.gate_up_scale        e8m0   2I H/32
 model.layers.{l}.mlp.experts.{e}.gate_up_proj.bias          {l}.gate_up_bias         bf16   2I
@@ -223,15 +267,25 @@ block.{l}.mlp.mlp2_weight.scales      {l}.down_scale      e8m0  E H I/32
 block.{l}.mlp.mlp2_bias               {l}.down_bias       bf16  E H
 """,
 }
-DTYPES = {"bf16": ("BF16",), "u8": ("U8",), "e8m0": ("U8", "F8_E8M0"), "float": ("F32", "BF16", "F16")}
+DTYPES = {
+    "bf16": ("BF16",),
+    "u8": ("U8",),
+    "e8m0": ("U8", "F8_E8M0"),
+    "float": ("F32", "BF16", "F16"),
+}
 # endings of names that tell the layouts apart
-MARKS = {"hf-mxfp4": "mlp.experts.gate_up_proj_blocks", "hf-bf16": "mlp.experts.gate_up_proj",
-         "quark": "mlp.experts.0.gate_up_proj.weight", "openai": "mlp.mlp1_weight.blocks"}
+MARKS = {
+    "hf-mxfp4": "mlp.experts.gate_up_proj_blocks",
+    "hf-bf16": "mlp.experts.gate_up_proj",
+    "quark": "mlp.experts.0.gate_up_proj.weight",
+    "openai": "mlp.mlp1_weight.blocks",
+}
 
 
 @dataclass
 class Stored:
     """A tensor as its layout wants it stored."""
+
     name: str
     ours: str
     dtypes: tuple[str, ...]  # safetensors' names of the dtypes it may have
@@ -242,23 +296,41 @@ def tensors_of(config: Config, layout: str, layer: int | None) -> list[Stored]:
     """What the layout stores for one layer, or (None) outside the layers."""
     c = config
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    size = {"V": c.vocab_size, "H": c.hidden_size, "E": c.num_local_experts, "heads": c.num_attention_heads,
-            "16": MX_GROUP // 2, "Q": q, "KV": kv, "QKV": q + 2 * kv,
-            "I": c.intermediate_size, "2I": 2 * c.intermediate_size,
-            "H/2": c.hidden_size // 2, "H/32": c.hidden_size // MX_GROUP,
-            "I/2": c.intermediate_size // 2, "I/32": c.intermediate_size // MX_GROUP}
+    size = {
+        "V": c.vocab_size,
+        "H": c.hidden_size,
+        "E": c.num_local_experts,
+        "heads": c.num_attention_heads,
+        "16": MX_GROUP // 2,
+        "Q": q,
+        "KV": kv,
+        "QKV": q + 2 * kv,
+        "I": c.intermediate_size,
+        "2I": 2 * c.intermediate_size,
+        "H/2": c.hidden_size // 2,
+        "H/32": c.hidden_size // MX_GROUP,
+        "I/2": c.intermediate_size // 2,
+        "I/32": c.intermediate_size // MX_GROUP,
+    }
     stored = []
     for row in LAYOUTS[layout].strip().splitlines():
         if row and ("{l}" in row) == (layer is not None):
             name, ours, dtype, *shape = row.split()
             for e in range(c.num_local_experts if "{e}" in name else 1):
-                stored.append(Stored(name.format(l=layer, e=e), ours.format(l=layer), DTYPES[dtype],
-                                     tuple(size[s] for s in shape)))
+                stored.append(
+                    Stored(
+                        name.format(l=layer, e=e),
+                        ours.format(l=layer),
+                        DTYPES[dtype],
+                        tuple(size[s] for s in shape),
+                    )
+                )
     return stored
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Reading
+
 
 def load(path: str | Path) -> Checkpoint:
     """Loads the checkpoint in folder `path`. Tensors are memory-mapped views of its files, but for those that are
@@ -270,17 +342,27 @@ def load(path: str | Path) -> Checkpoint:
     config = Config.from_dict(raw, str(path / "config.json"))
     files = find_files(path)
     layout = decide_layout(path, raw, files)
-    if layout != "hf-bf16" and (config.hidden_size % MX_GROUP or config.intermediate_size % MX_GROUP):
-        raise CheckpointError(f"{path / 'config.json'}: hidden_size and intermediate_size must be multiples of "
-                              f"{MX_GROUP}, the group that shares a scale")
-    groups = {layer: tensors_of(config, layout, layer) for layer in (None, *range(config.num_hidden_layers))}
+    if layout != "hf-bf16" and (
+        config.hidden_size % MX_GROUP or config.intermediate_size % MX_GROUP
+    ):
+        raise CheckpointError(
+            f"{path / 'config.json'}: hidden_size and intermediate_size must be multiples of "
+            f"{MX_GROUP}, the group that shares a scale"
+        )
+    groups = {
+        layer: tensors_of(config, layout, layer)
+        for layer in (None, *range(config.num_hidden_layers))
+    }
     check(path, files, [stored for group in groups.values() for stored in group])
 
     dense, experts = {}, []
     for layer, group in progress(groups.items(), "loading"):
         tensors = read(files, group)
         if layer is not None:
-            fields = {field.name: tensors.pop(f"{layer}.{field.name}", None) for field in dataclasses.fields(Experts)}
+            fields = {
+                field.name: tensors.pop(f"{layer}.{field.name}", None)
+                for field in dataclasses.fields(Experts)
+            }
             experts.append(as_experts(layout, fields))
         dense |= tensors
     return Checkpoint(config, layout, dense, experts)
@@ -299,19 +381,27 @@ def read(files: dict[str, Path], group: list[Stored]) -> dict[str, torch.Tensor]
         # a scale is a byte: reinterpreted, never converted
         tensor = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor
         parts.setdefault(stored.ours, []).append(tensor)
-    return {ours: part[0] if len(part) == 1 else torch.cat(part) if "qkv" in ours else torch.stack(part)
-            for ours, part in parts.items()}
+    return {
+        ours: part[0] if len(part) == 1 else torch.cat(part) if "qkv" in ours else torch.stack(part)
+        for ours, part in parts.items()
+    }
 
 
 def as_experts(layout: str, fields: dict) -> Experts:
     """The layer's expert tensors in the shapes of Experts: all views."""
     for name in ("gate_up", "down"):
         if layout == "hf-bf16":
-            fields[f"{name}_weight"] = fields[f"{name}_weight"].transpose(1, 2)  # [E, in, out] -> [E, out, in]
+            fields[f"{name}_weight"] = fields[f"{name}_weight"].transpose(
+                1, 2
+            )  # [E, in, out] -> [E, out, in]
         elif layout == "quark":
-            fields[f"{name}_input_scale"] = float(fields[f"{name}_input_scale"].float().max())  # [E] -> one
+            fields[f"{name}_input_scale"] = float(
+                fields[f"{name}_input_scale"].float().max()
+            )  # [E] -> one
         else:
-            fields[f"{name}_weight"] = fields[f"{name}_weight"].flatten(-2)  # [E, out, in/32, 16] -> [E, out, in/2]
+            fields[f"{name}_weight"] = fields[f"{name}_weight"].flatten(
+                -2
+            )  # [E, out, in/32, 16] -> [E, out, in/2]
     return Experts(**fields)
 
 
@@ -321,13 +411,24 @@ def decide_layout(path: Path, raw: dict, names: Iterable[str]) -> str:
     method = str(quantization.get("quant_method", "")).lower()
     found = [layout for layout, mark in MARKS.items() if any(name.endswith(mark) for name in names)]
     if method not in ("", "mxfp4", "quark"):
-        raise CheckpointError(f"{source}: unknown quantisation: quant_method {method!r}, expected mxfp4 or quark")
+        raise CheckpointError(
+            f"{source}: unknown quantisation: quant_method {method!r}, expected mxfp4 or quark"
+        )
     if len(found) != 1:
-        raise CheckpointError(f"{path}: {'several layouts' if found else 'no known layout'} by the names of its "
-                              f"tensors; the endings that decide are {MARKS}")
-    allowed = {"hf-mxfp4": ("", "mxfp4"), "openai": ("", "mxfp4"), "quark": ("quark",), "hf-bf16": ("",)}[found[0]]
+        raise CheckpointError(
+            f"{path}: {'several layouts' if found else 'no known layout'} by the names of its "
+            f"tensors; the endings that decide are {MARKS}"
+        )
+    allowed = {
+        "hf-mxfp4": ("", "mxfp4"),
+        "openai": ("", "mxfp4"),
+        "quark": ("quark",),
+        "hf-bf16": ("",),
+    }[found[0]]
     if method not in allowed:
-        raise CheckpointError(f"{source}: quant_method {method!r} contradicts the tensors, which are {found[0]}")
+        raise CheckpointError(
+            f"{source}: quant_method {method!r} contradicts the tensors, which are {found[0]}"
+        )
     if method == "quark":
         check_quark(source, quantization)
     return found[0]
@@ -336,15 +437,21 @@ def decide_layout(path: Path, raw: dict, names: Iterable[str]) -> str:
 def check_quark(source: Path, quantization: dict) -> None:
     """Raises unless this is Quark's w_mxfp4_a_fp8: fp4 weights with E8M0 scales per 32, static FP8 activations."""
     for path, allowed in {
-        "global_quant_config.weight.dtype": "fp4|mxfp4", "global_quant_config.weight.qscheme": "per_group",
-        "global_quant_config.weight.group_size": str(MX_GROUP), "global_quant_config.weight.scale_format": "e8m0",
-        "global_quant_config.weight.is_dynamic": "false", "global_quant_config.input_tensors.dtype": ".*fp8.*",
-        "export.pack_method": "reorder", "export.weight_format": "real_quantized",
+        "global_quant_config.weight.dtype": "fp4|mxfp4",
+        "global_quant_config.weight.qscheme": "per_group",
+        "global_quant_config.weight.group_size": str(MX_GROUP),
+        "global_quant_config.weight.scale_format": "e8m0",
+        "global_quant_config.weight.is_dynamic": "false",
+        "global_quant_config.input_tensors.dtype": ".*fp8.*",
+        "export.pack_method": "reorder",
+        "export.weight_format": "real_quantized",
     }.items():
         found = lookup(quantization, path)
         if not re.fullmatch(allowed, str(found).lower()):
-            raise CheckpointError(f"{source}: unknown quantisation: quantization_config.{path} is {found!r}, "
-                                  f"expected {allowed}")
+            raise CheckpointError(
+                f"{source}: unknown quantisation: quantization_config.{path} is {found!r}, "
+                f"expected {allowed}"
+            )
 
 
 def read_json(file: Path) -> dict:
@@ -352,8 +459,9 @@ def read_json(file: Path) -> dict:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}; a checkpoint is a folder with config.json and "
-                              "*.safetensors") from error
+        raise CheckpointError(
+            f"{file}: {error.strerror}; a checkpoint is a folder with config.json and *.safetensors"
+        ) from error
     except ValueError as error:
         raise CheckpointError(f"{file}: not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -376,14 +484,18 @@ def find_files(path: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for shard in shards:
         if not shard.exists():
-            raise CheckpointError(f"{shard}: no such file, but {index.name} names this shard; download it")
+            raise CheckpointError(
+                f"{shard}: no such file, but {index.name} names this shard; download it"
+            )
         for name in open_file(shard).keys():
             if name in files:
                 raise CheckpointError(f"{shard}: tensor {name} is in {files[name].name} too")
             files[name] = shard
     for name, shard in weight_map.items():
         if files.get(name) != path / shard:
-            raise CheckpointError(f"{path / shard}: missing tensor {name}, which {index.name} places there")
+            raise CheckpointError(
+                f"{path / shard}: missing tensor {name}, which {index.name} places there"
+            )
     return files
 
 
@@ -392,7 +504,9 @@ def open_file(file: Path):
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file ({error}); download it again") from error
+        raise CheckpointError(
+            f"{file}: not a whole safetensors file ({error}); download it again"
+        ) from error
 
 
 def check(path: Path, files: dict[str, Path], expected: list[Stored]) -> None:
@@ -406,12 +520,18 @@ def check(path: Path, files: dict[str, Path], expected: list[Stored]) -> None:
         found = headers[file].get_slice(stored.name)
         shape, dtype = tuple(found.get_shape()), found.get_dtype()
         # a scalar may be stored as [1]
-        if shape != stored.shape and not (stored.shape == () and shape == (1,)) or dtype not in stored.dtypes:
+        if (
+            shape != stored.shape
+            and not (stored.shape == () and shape == (1,))
+            or dtype not in stored.dtypes
+        ):
             raise CheckpointError(f"{file}: tensor {stored.name} is {dtype} {list(shape)}, {want}")
     if unexpected := sorted(set(files) - {stored.name for stored in expected}):
-        raise CheckpointError(f"{files[unexpected[0]]}: unexpected tensor {unexpected[0]}"
-                              f"{f' and {len(unexpected) - 1} more' * (len(unexpected) > 1)}; config.json has no place "
-                              "for it")
+        raise CheckpointError(
+            f"{files[unexpected[0]]}: unexpected tensor {unexpected[0]}"
+            f"{f' and {len(unexpected) - 1} more' * (len(unexpected) > 1)}; config.json has no place "
+            "for it"
+        )
 
 
 def progress(items: Collection, label: str) -> Iterator:
@@ -427,10 +547,15 @@ def progress(items: Collection, label: str) -> Iterator:
 # ---------------------------------------------------------------------------------------------------------------
 # Tokenizer
 
+
 def byte_of_character() -> dict[str, int]:
     """The printable characters that stand for bytes in a byte-level BPE vocabulary (GPT-2's encoder.py): a byte that
     prints stands for itself, the others take the code points from 256 on, in order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
@@ -443,8 +568,10 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
         try:
             return tiktoken.get_encoding("o200k_harmony")
         except Exception as error:  # tiktoken passes on whatever its download raised
-            raise CheckpointError(f"{file}: no such file, and tiktoken's o200k_harmony cannot be had ({error}); copy "
-                                  "tokenizer.json from the Hugging Face checkpoint beside config.json") from error
+            raise CheckpointError(
+                f"{file}: no such file, and tiktoken's o200k_harmony cannot be had ({error}); copy "
+                "tokenizer.json from the Hugging Face checkpoint beside config.json"
+            ) from error
     raw = read_json(file)
     try:
         model, steps = raw["model"], raw["pre_tokenizer"]
@@ -452,15 +579,26 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
         pattern = next(step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
         byte_of = byte_of_character()
         specials = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        ranks = {bytes(byte_of[character] for character in token): rank
-                 for token, rank in model["vocab"].items() if token not in specials}
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        ranks = {
+            bytes(byte_of[character] for character in token): rank
+            for token, rank in model["vocab"].items()
+            if token not in specials
+        }
+        merges = [
+            merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]
+        ]
         order = [model["vocab"][left + right] for left, right in merges]
     except (KeyError, TypeError, StopIteration, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a byte-level BPE tokenizer with a Split pattern "
-                              f"({type(error).__name__}: {error})") from error
-    if order != sorted(order):  # tiktoken merges the lowest id first, so ids must rise with the merges
+        raise CheckpointError(
+            f"{file}: not a byte-level BPE tokenizer with a Split pattern "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if order != sorted(
+        order
+    ):  # tiktoken merges the lowest id first, so ids must rise with the merges
         raise CheckpointError(f"{file}: token ids do not rise in the order of the merges")
     if missing := [b for b in range(256) if bytes([b]) not in ranks]:
         raise CheckpointError(f"{file}: no token for the bytes {missing}")
-    return tiktoken.Encoding(name=str(file), pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    return tiktoken.Encoding(
+        name=str(file), pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+    )

@@ -1,9 +1,10 @@
 """Run Triton and Gluon kernels compiled for AMD gfx950 on a CPU, from their assembly text, adversarially.
 
-    with gfx950.emulate(timing="lazy", schedule="lockstep", seed=0) as gpu:
-        kernel[grid](cpu_tensor, ...)
-    print(gfx950.table(gpu.launches[-1]))
+with gfx950.emulate(timing="lazy", schedule="lockstep", seed=0) as gpu:
+    kernel[grid](cpu_tensor, ...)
+print(gfx950.table(gpu.launches[-1]))
 """
+
 import ctypes
 import time
 from contextlib import contextmanager
@@ -30,14 +31,17 @@ LDS_BYTES = 160 * 1024
 class Launch:
     """What one kernel[grid](...) did. `waves` counts all workgroups; `profile` is static, `counters` None when only
     compiled."""
+
     name: str
     grid: tuple
     waves: int
     profile: dict
     counters: object = None
-    seconds: float = 0.0                             # of emulation, nothing to do with the hardware's time
+    seconds: float = 0.0  # of emulation, nothing to do with the hardware's time
     program: object = field(default=None, repr=False)
-    trace: list = field(default=None, repr=False)    # `emulate(trace=...)`: indices into program.code, as executed
+    trace: list = field(
+        default=None, repr=False
+    )  # `emulate(trace=...)`: indices into program.code, as executed
 
 
 class Utils:
@@ -45,11 +49,22 @@ class Utils:
 
     @staticmethod
     def load_binary(name, binary, shared, device):
-        return name, name, 0, 0, 1024                # module, function, registers, spills, threads a workgroup may have
+        return (
+            name,
+            name,
+            0,
+            0,
+            1024,
+        )  # module, function, registers, spills, threads a workgroup may have
 
     @staticmethod
     def get_device_properties(device):
-        return {"max_shared_mem": LDS_BYTES, "multiprocessor_count": 256, "warpSize": 64, "arch": "gfx950"}
+        return {
+            "max_shared_mem": LDS_BYTES,
+            "multiprocessor_count": 256,
+            "warpSize": 64,
+            "arch": "gfx950",
+        }
 
 
 class Launcher:
@@ -59,10 +74,18 @@ class Launcher:
         text = get_cache_manager(metadata.hash).get_file(f"{src.name[:150]}.amdgcn")
         with open(text) as f:
             self.program = prepare(parse(f.read()))
-        self.signature, self.num_warps, self.shared = dict(src.signature), metadata.num_warps, metadata.shared
+        self.signature, self.num_warps, self.shared = (
+            dict(src.signature),
+            metadata.num_warps,
+            metadata.shared,
+        )
 
-    def __call__(self, gx, gy, gz, stream, function, packed, launch_metadata, enter_hook, exit_hook, *args):
-        triton.runtime.driver.active.launch(self, (gx, gy, gz), flatten(self.signature.values(), args, self.signature))
+    def __call__(
+        self, gx, gy, gz, stream, function, packed, launch_metadata, enter_hook, exit_hook, *args
+    ):
+        triton.runtime.driver.active.launch(
+            self, (gx, gy, gz), flatten(self.signature.values(), args, self.signature)
+        )
 
 
 def flatten(types, args, names):
@@ -80,6 +103,7 @@ def flatten(types, args, names):
 
 class Driver:
     """What Triton asks of a driver. The device is no number, so kernels cached for a real GPU stay apart."""
+
     utils, launcher_cls = Utils(), Launcher
 
     def __init__(self, session):
@@ -102,10 +126,12 @@ class Driver:
 
     def get_benchmarker(self):
         """triton.autotune ranks configurations by this: modelled cycles, as no time here means anything."""
+
         def bench(call, quantiles=None, **_):
             call()
             cycles = max(resources(self.session.launches[-1]).values())
             return cycles if quantiles is None else [cycles] * len(quantiles)
+
         return bench
 
 
@@ -155,11 +181,19 @@ def tensor_spans(args):
 
     def address(tensor):
         real = tensor.data_ptr()
-        return next((s.base + real - lo for s, (lo, hi, _) in zip(spans, merged, strict=True) if lo <= real < hi), 0)
+        return next(
+            (
+                s.base + real - lo
+                for s, (lo, hi, _) in zip(spans, merged, strict=True)
+                if lo <= real < hi
+            ),
+            0,
+        )
+
     return spans, address
 
 
-KERNARG = 1 << 50                                  # above every tensor
+KERNARG = 1 << 50  # above every tensor
 
 
 class Session:
@@ -169,49 +203,88 @@ class Session:
 
     def launch(self, launcher, grid, args):
         program, d = launcher.program, launcher.program.directives
-        profile = {"sgprs": d["sgpr_count"], "vgprs": d["vgpr_count"], "agprs": d["agpr_count"],
-                   "sgpr_spills": d["sgpr_spill_count"], "vgpr_spills": d["vgpr_spill_count"],
-                   "scratch": d["private_segment_fixed_size"], "lds": launcher.shared, "occupancy": d["Occupancy"],
-                   "code_bytes": d["codeLenInByte"]}
-        launch = Launch(program.name, grid, int(np.prod(grid)) * launcher.num_warps, profile, program=program)
+        profile = {
+            "sgprs": d["sgpr_count"],
+            "vgprs": d["vgpr_count"],
+            "agprs": d["agpr_count"],
+            "sgpr_spills": d["sgpr_spill_count"],
+            "vgpr_spills": d["vgpr_spill_count"],
+            "scratch": d["private_segment_fixed_size"],
+            "lds": launcher.shared,
+            "occupancy": d["Occupancy"],
+            "code_bytes": d["codeLenInByte"],
+        }
+        launch = Launch(
+            program.name, grid, int(np.prod(grid)) * launcher.num_warps, profile, program=program
+        )
         self.launches.append(launch)
         if not self.execute or not launch.waves:
             return
         spans, address = tensor_spans(args)
-        kernarg = Span("kernel arguments", KERNARG, kernel_arguments(program, grid, launcher.num_warps, args, address))
+        kernarg = Span(
+            "kernel arguments",
+            KERNARG,
+            kernel_arguments(program, grid, launcher.num_warps, args, address),
+        )
         lists = [np.zeros(len(program.code), np.int64) for _ in range(3)]
-        machine = Machine(program, [*spans, kernarg], KERNARG, grid, launcher.num_warps, launcher.shared, self.timing,
-                          self.schedule, self.rng, lists, self.trace)
+        machine = Machine(
+            program,
+            [*spans, kernarg],
+            KERNARG,
+            grid,
+            launcher.num_warps,
+            launcher.shared,
+            self.timing,
+            self.schedule,
+            self.rng,
+            lists,
+            self.trace,
+        )
         started = time.perf_counter()
         machine.run()
         launch.seconds = time.perf_counter() - started
         launch.trace = None if self.trace is None else machine.trace
-        launch.counters = Counters(program, *lists, spans, machine.peak_inflight, machine.unwritten_reads)
+        launch.counters = Counters(
+            program, *lists, spans, machine.peak_inflight, machine.unwritten_reads
+        )
 
 
 def kernel_arguments(program, grid, num_warps, args, address):
     """The kernarg segment as the assembly's metadata lays it out; Triton appends scratch pointers (null here)."""
     data, explicit = np.zeros(max(8, program.directives["kernarg_size"] + 64), np.uint8), iter(args)
     hidden = {f"hidden_block_count_{c}": grid[i] for i, c in enumerate("xyz")}
-    hidden |= {"hidden_group_size_x": num_warps * 64, "hidden_group_size_y": 1, "hidden_group_size_z": 1,
-               "hidden_grid_dims": 3}
+    hidden |= {
+        "hidden_group_size_x": num_warps * 64,
+        "hidden_group_size_y": 1,
+        "hidden_group_size_z": 1,
+        "hidden_grid_dims": 3,
+    }
     for offset, size, kind in program.args:
         if kind.startswith("hidden"):
             raw = hidden.get(kind, 0).to_bytes(size, "little")
         else:
             t, value, _ = next(explicit, ("*i8", 0, "scratch"))
             if t.startswith("*"):
-                raw = (address(value) if hasattr(value, "data_ptr") else value or 0).to_bytes(8, "little")
+                raw = (address(value) if hasattr(value, "data_ptr") else value or 0).to_bytes(
+                    8, "little"
+                )
             else:
                 raw = scalar_bytes(t, value, size)
-        data[offset:offset + len(raw)] = np.frombuffer(raw, np.uint8)
+        data[offset : offset + len(raw)] = np.frombuffer(raw, np.uint8)
     return data
 
 
 class PoisonEmpty(TorchFunctionMode):
     """Fills what torch.empty and its relatives return with 0xFF bytes, a NaN in every float format and -1 in integers,
     so that an output no kernel wrote is never right by luck."""
-    EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided}
+
+    EMPTY = {
+        torch.empty,
+        torch.empty_like,
+        torch.empty_strided,
+        torch.Tensor.new_empty,
+        torch.Tensor.new_empty_strided,
+    }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -223,7 +296,7 @@ class PoisonEmpty(TorchFunctionMode):
 @contextmanager
 def activate(session):
     config = triton.runtime.driver
-    before = config._active                          # `.active` would go looking for a GPU
+    before = config._active  # `.active` would go looking for a GPU
     config.set_active(Driver(session))
     try:
         yield session
@@ -241,10 +314,16 @@ def emulate(timing="lazy", schedule="lockstep", seed=0, trace=None):
     `launch.trace` (empty where the grid is smaller). Raises GPUFault for faults of the kernel and Unsupported for
     instructions the emulator does not know, both naming the Python line.
     """
-    for value, allowed in ((timing, ("lazy", "eager", "random")), (schedule, ("lockstep", "skew", "random"))):
+    for value, allowed in (
+        (timing, ("lazy", "eager", "random")),
+        (schedule, ("lockstep", "skew", "random")),
+    ):
         if value not in allowed:
             raise ValueError(f"{value!r} is none of {allowed}")
-    with activate(Session(timing, schedule, seed, execute=True, trace=trace)) as session, PoisonEmpty():
+    with (
+        activate(Session(timing, schedule, seed, execute=True, trace=trace)) as session,
+        PoisonEmpty(),
+    ):
         yield session
 
 

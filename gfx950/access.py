@@ -6,6 +6,7 @@ scalar loads in any order under the same counter, so that only lgkmcnt(0) guaran
 when a wait forces it, "eager" at issue, "random" somewhere between. An instruction reads its registers at issue;
 `finish` moves the data.
 """
+
 import re
 
 import numpy as np
@@ -15,14 +16,32 @@ from .decode import LANES, Unsupported, reader
 from .isa import bf16_bits, bf16_value, f16, f32, f64, i32, i64, u8, u16, u32, u64
 from .memory import fetch, rows
 
-WIDTH = {"ubyte": (1, 0), "sbyte": (1, 8), "ushort": (2, 0), "sshort": (2, 16), "byte": (1, 0), "short": (2, 0),
-         "dword": (4, 0), "dwordx2": (8, 0), "dwordx3": (12, 0), "dwordx4": (16, 0),
-         "u8": (1, 0), "i8": (1, 8), "b8": (1, 0), "u16": (2, 0), "i16": (2, 16), "b16": (2, 0), "b32": (4, 0),
-         "b64": (8, 0), "b96": (12, 0), "b128": (16, 0)}             # name -> bytes, sign bit to extend from (0: none)
+WIDTH = {
+    "ubyte": (1, 0),
+    "sbyte": (1, 8),
+    "ushort": (2, 0),
+    "sshort": (2, 16),
+    "byte": (1, 0),
+    "short": (2, 0),
+    "dword": (4, 0),
+    "dwordx2": (8, 0),
+    "dwordx3": (12, 0),
+    "dwordx4": (16, 0),
+    "u8": (1, 0),
+    "i8": (1, 8),
+    "b8": (1, 0),
+    "u16": (2, 0),
+    "i16": (2, 16),
+    "b16": (2, 0),
+    "b32": (4, 0),
+    "b64": (8, 0),
+    "b96": (12, 0),
+    "b128": (16, 0),
+}  # name -> bytes, sign bit to extend from (0: none)
 
 
 def width(name):
-    return WIDTH[name.split("_")[0]]                                 # ubyte_d16_hi, u16_d16 and so on
+    return WIDTH[name.split("_")[0]]  # ubyte_d16_hi, u16_d16 and so on
 
 
 def pick(lanes, due):
@@ -50,19 +69,22 @@ def buffer_address(ins, operands):
     if ins.mods.get("idxen"):
         raise Unsupported("indexed buffer addressing")
     imm, get_soffset = ins.mods.get("offset", 0), reader(soffset, "u32")
-    get_voffset = reader(vaddr, "u32") if ins.mods.get("offen") else lambda w: np.zeros((w.n, 64), u32)
+    get_voffset = (
+        reader(vaddr, "u32") if ins.mods.get("offen") else lambda w: np.zeros((w.n, 64), u32)
+    )
 
     def compute(w, nbytes):
         word1 = w.s(rsrc.index + 1)
-        if (word1 & u32(0xBFFF0000)).any():        # bit 30 only asks for another cache placement
+        if (word1 & u32(0xBFFF0000)).any():  # bit 30 only asks for another cache placement
             raise Unsupported("buffer descriptor with a stride or swizzle")
         base = pair(w.s, rsrc.index) & 0xFFFFFFFFFFFF
         soff, off = np.asarray(get_soffset(w)).astype(i64), get_voffset(w).astype(i64) + imm
         limit = w.s(rsrc.index + 2).astype(i64) - soff
         inside = off + nbytes <= limit
-        if ((off < limit) & ~inside).any():        # the hardware would split it by dwords
+        if ((off < limit) & ~inside).any():  # the hardware would split it by dwords
             raise Unsupported("access across the end of a buffer descriptor")
         return base + soff + off, None if inside.all() else np.broadcast_to(inside, (w.n, 64))
+
     return compute
 
 
@@ -82,10 +104,16 @@ def scratch_address(ins, operands):
         lane = w.ids[:, None].astype(i64) * 64 + LANES
         own = sum((g(w).astype(i64) for g in gets), ins.mods.get("offset", 0))
         return w.m.scratch_base + lane * w.m.scratch_size + own, None
+
     return compute
 
 
-ADDRESS = {"buffer": buffer_address, "global": global_address, "flat": global_address, "scratch": scratch_address}
+ADDRESS = {
+    "buffer": buffer_address,
+    "global": global_address,
+    "flat": global_address,
+    "scratch": scratch_address,
+}
 NO_OFFSET = Operand("name", value="off")
 
 
@@ -113,7 +141,9 @@ class Access:
     def located(self, due):
         if due is None:
             return self.parts
-        return self.w.m.memory.locate(self.w, self.ins, self.addr, self.nbytes, pick(self.lanes, due))
+        return self.w.m.memory.locate(
+            self.w, self.ins, self.addr, self.nbytes, pick(self.lanes, due)
+        )
 
     def load(self, due):
         return fetch(self.located(due), self.addr.shape, self.nbytes)
@@ -133,7 +163,11 @@ def extend(values, sign_bit, ins, w, dst):
         values = ((values.view(i32) << i32(32 - sign_bit)) >> i32(32 - sign_bit)).view(u32)
     if "d16" in ins.op:
         half, old = values[0] & u32(0xFFFF), w.v(dst.index)
-        values = [old & u32(0xFFFF) | half << u32(16) if ins.op.endswith("_hi") else old & u32(0xFFFF0000) | half]
+        values = [
+            old & u32(0xFFFF) | half << u32(16)
+            if ins.op.endswith("_hi")
+            else old & u32(0xFFFF0000) | half
+        ]
     return values
 
 
@@ -151,7 +185,9 @@ def vector_load(ins):
         def finish(due):
             for i, value in enumerate(extend(a.load(due), sign_bit, ins, w, dst)):
                 w.set_v(dst.index + i, value, pick(a.exec, due))
+
         a.push(finish, dst.mask)
+
     return run
 
 
@@ -169,8 +205,10 @@ def copy_to_lds(ins, space, nbytes):
         def finish(due):
             lanes = pick(a.exec, due)
             lds.land_copy(w, ins, on(target, lanes), nbytes, lanes, rows(a.load(due), lanes))
+
         a.push(finish)
         w.m.lds_cycles[ins.pc] += w.n * 64 * nbytes // 128
+
     return run
 
 
@@ -187,28 +225,42 @@ def vector_store(ins):
         def finish(due):
             for span, off, lanes in a.located(due):
                 span.scatter(off, rows(values, lanes), nbytes)
+
         a.push(finish, loads=False)
+
     return run
 
 
 def scalar_load(ins):
     if ins.op.startswith("s_buffer"):
         raise Unsupported("scalar buffer loads")
-    nbytes = width(ins.op.split("_")[-1])[0] if ins.op[-2:] not in ("x8", "16") else 32 if ins.op.endswith("x8") else 64
+    nbytes = (
+        width(ins.op.split("_")[-1])[0]
+        if ins.op[-2:] not in ("x8", "16")
+        else 32
+        if ins.op.endswith("x8")
+        else 64
+    )
     dst, base, offset = ins.operands
     get_offset, imm = reader(offset, "u32"), ins.mods.get("offset", 0)
 
     def run(w):
-        addr = (pair(w.s, base.index) + np.asarray(get_offset(w)).astype(i64) + imm) & ~np.int64(3)       # [n, 1]
+        addr = (pair(w.s, base.index) + np.asarray(get_offset(w)).astype(i64) + imm) & ~np.int64(
+            3
+        )  # [n, 1]
         parts = w.m.memory.locate(w, ins, addr, nbytes, None)
         for span, off, _ in parts:
             span.mark("read", off, nbytes)
 
         def finish(due):
-            values = fetch(parts, addr.shape, nbytes)[..., 0]                                             # [words, n]
+            values = fetch(parts, addr.shape, nbytes)[..., 0]  # [words, n]
             for i, value in enumerate(values):
-                w.m.scalar[dst.index + i][w.ids if due is None else w.ids[due]] = value if due is None else value[due]
+                w.m.scalar[dst.index + i][w.ids if due is None else w.ids[due]] = (
+                    value if due is None else value[due]
+                )
+
         w.m.smem.push(w, ins, finish, dst.mask, address=addr)
+
     return run
 
 
@@ -225,24 +277,54 @@ def signed(fn):
 
 def halves(fn):
     """A 16-bit operation on both halves of uint32 values [k]."""
+
     def both(old, x):
-        old, x = (np.ascontiguousarray(v)[:, None].view(u16) for v in (old, x))          # [k, 2]
+        old, x = (np.ascontiguousarray(v)[:, None].view(u16) for v in (old, x))  # [k, 2]
         return np.stack([fn(old[:, i], x[:, i]) for i in (0, 1)], 1).view(u32)[:, 0]
+
     return both
 
 
-RMW = {"add": np.add, "sub": np.subtract, "umax": np.maximum, "umin": np.minimum, "smax": signed(np.maximum),
-       "smin": signed(np.minimum), "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-       "swap": lambda old, x: x, "inc": lambda old, x: np.where(old >= x, 0, old + 1),
-       "dec": lambda old, x: np.where((old == 0) | (old > x), x, old - 1), "add_f32": typed(f32, np.add),
-       "max_f32": typed(f32, np.fmax), "min_f32": typed(f32, np.fmin), "add_f64": typed(f64, np.add),
-       "max_f64": typed(f64, np.fmax), "min_f64": typed(f64, np.fmin),
-       "pk_add_f16": halves(lambda a, b: (a.copy().view(f16) + b.copy().view(f16)).view(u16)),
-       "pk_add_bf16": halves(lambda a, b: bf16_bits(bf16_value(a) + bf16_value(b)))}
-RMW |= {new: RMW[old] for new, old in (                              # LDS atomics name their type
-    ("max_i32", "smax"), ("min_i32", "smin"), ("max_u32", "umax"), ("min_u32", "umin"), ("add_u32", "add"),
-    ("sub_u32", "sub"), ("and_b32", "and"), ("or_b32", "or"), ("xor_b32", "xor"), ("wrxchg_b32", "swap"),
-    ("inc_u32", "inc"), ("dec_u32", "dec"), ("add_u64", "add"))}
+RMW = {
+    "add": np.add,
+    "sub": np.subtract,
+    "umax": np.maximum,
+    "umin": np.minimum,
+    "smax": signed(np.maximum),
+    "smin": signed(np.minimum),
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "swap": lambda old, x: x,
+    "inc": lambda old, x: np.where(old >= x, 0, old + 1),
+    "dec": lambda old, x: np.where((old == 0) | (old > x), x, old - 1),
+    "add_f32": typed(f32, np.add),
+    "max_f32": typed(f32, np.fmax),
+    "min_f32": typed(f32, np.fmin),
+    "add_f64": typed(f64, np.add),
+    "max_f64": typed(f64, np.fmax),
+    "min_f64": typed(f64, np.fmin),
+    "pk_add_f16": halves(lambda a, b: (a.copy().view(f16) + b.copy().view(f16)).view(u16)),
+    "pk_add_bf16": halves(lambda a, b: bf16_bits(bf16_value(a) + bf16_value(b))),
+}
+RMW |= {
+    new: RMW[old]
+    for new, old in (  # LDS atomics name their type
+        ("max_i32", "smax"),
+        ("min_i32", "smin"),
+        ("max_u32", "umax"),
+        ("min_u32", "umin"),
+        ("add_u32", "add"),
+        ("sub_u32", "sub"),
+        ("and_b32", "and"),
+        ("or_b32", "or"),
+        ("xor_b32", "xor"),
+        ("wrxchg_b32", "swap"),
+        ("inc_u32", "inc"),
+        ("dec_u32", "dec"),
+        ("add_u64", "add"),
+    )
+}
 
 
 def modify(span, off, words, fn, compare, order):
@@ -251,15 +333,21 @@ def modify(span, off, words, fn, compare, order):
     dtype, nbytes = (u32, 4) if words.shape[1] == 1 else (u64, 8)
     data = np.ascontiguousarray(words).view(dtype)[:, 0]
     compare = None if compare is None else np.ascontiguousarray(compare).view(dtype)[:, 0]
-    sequence = order[np.argsort(off[order], kind="stable")]          # by address, then by order
-    starts = np.r_[True, off[sequence][1:] != off[sequence][:-1]][:off.size]
+    sequence = order[np.argsort(off[order], kind="stable")]  # by address, then by order
+    starts = np.r_[True, off[sequence][1:] != off[sequence][:-1]][: off.size]
     turn = np.empty(off.size, int)
-    turn[sequence] = np.arange(off.size) - np.maximum.accumulate(np.where(starts, np.arange(off.size), 0))
+    turn[sequence] = np.arange(off.size) - np.maximum.accumulate(
+        np.where(starts, np.arange(off.size), 0)
+    )
     old = np.zeros(off.size, dtype)
     for t in range(int(turn.max()) + 1 if off.size else 0):
         k = turn == t
         old[k] = np.ascontiguousarray(span.gather(off[k], nbytes)).view(dtype)[:, 0]
-        new = fn(old[k], data[k]) if compare is None else np.where(old[k] == compare[k], data[k], old[k])
+        new = (
+            fn(old[k], data[k])
+            if compare is None
+            else np.where(old[k] == compare[k], data[k], old[k])
+        )
         span.scatter(off[k], np.ascontiguousarray(new, dtype)[:, None].view(u32), nbytes)
     return old[:, None].view(u32)
 
@@ -268,8 +356,9 @@ def return_old(w, dst, old, lanes_hit, lanes_on):
     """Writes the old values [k, words] of the lanes that reached memory; others that are on get 0."""
     for i in range(old.shape[1]):
         out = np.zeros((w.n, 64), u32)
-        out[lanes_hit if lanes_hit is not None else slice(None)] = old[:, i] if lanes_hit is not None else \
-            old[:, i].reshape(w.n, 64)
+        out[lanes_hit if lanes_hit is not None else slice(None)] = (
+            old[:, i] if lanes_hit is not None else old[:, i].reshape(w.n, 64)
+        )
         w.set_v(dst.index + i, out, lanes_on)
 
 
@@ -277,7 +366,7 @@ def vector_atomic(ins):
     space, name, x2 = re.fullmatch(r"(\w+?)_atomic_(\w+?)(_x2)?", ins.op).groups()
     words = 2 if x2 or name.endswith("f64") else 1
     operands, dst = list(ins.operands), None
-    if ins.mods.get("sc0"):                        # returns the old value
+    if ins.mods.get("sc0"):  # returns the old value
         dst = operands[0] if space == "buffer" else operands.pop(0)
     data, rest = split_operands(space, operands)
     if name != "cmpswap" and name not in RMW:
@@ -286,7 +375,9 @@ def vector_atomic(ins):
 
     def run(w):
         a = Access(w, ins, compute, 4 * words, "read", "write")
-        values = np.stack([w.v(data.index + i) for i in range(2 * words if name == "cmpswap" else words)])
+        values = np.stack(
+            [w.v(data.index + i) for i in range(2 * words if name == "cmpswap" else words)]
+        )
 
         def finish(due):
             if dst:
@@ -294,11 +385,19 @@ def vector_atomic(ins):
                     w.set_v(dst.index + i, np.zeros((1, 1), u32), pick(a.exec, due))
             for span, off, lanes in a.located(due):
                 x = rows(values, lanes)
-                old = modify(span, off, x[:, :words], RMW.get(name), x[:, words:] if name == "cmpswap" else None,
-                             w.m.lane_order(off.size))
+                old = modify(
+                    span,
+                    off,
+                    x[:, :words],
+                    RMW.get(name),
+                    x[:, words:] if name == "cmpswap" else None,
+                    w.m.lane_order(off.size),
+                )
                 if dst:
                     return_old(w, dst, old, lanes, lanes)
+
         a.push(finish, Operand("v", dst.index, words).mask if dst else 0, loads=False)
+
     return run
 
 
@@ -322,11 +421,16 @@ def ds_offsets(ins, nbytes):
 def transpose(values, bits):
     """ds_read_b64_tr_b{16,8,4}: a row of 16 lanes holds 16 x c elements, c a lane, in memory order; lane i gets element
     i of every stored row: out[i][j] = in[(16 j + i) // c][i % c] (for b16, c = 4: in[4 j + i // 4][i % 4])."""
-    flat = np.ascontiguousarray(values.transpose(1, 2, 0)).view({16: u16, 8: u8, 4: u8}[bits])     # n, 64, elements
+    flat = np.ascontiguousarray(values.transpose(1, 2, 0)).view(
+        {16: u16, 8: u8, 4: u8}[bits]
+    )  # n, 64, elements
     if bits == 4:
         flat = np.stack([flat & 15, flat >> 4], axis=-1).reshape(*flat.shape[:2], -1)
     c = flat.shape[2]
-    lane, element = (LANES & ~15)[:, None] + (16 * np.arange(c) + (LANES & 15)[:, None]) // c, (LANES % c)[:, None]
+    lane, element = (
+        (LANES & ~15)[:, None] + (16 * np.arange(c) + (LANES & 15)[:, None]) // c,
+        (LANES % c)[:, None],
+    )
     out = flat[:, lane, element]
     if bits == 4:
         out = out[..., 0::2] | out[..., 1::2] << 4
@@ -356,7 +460,9 @@ def ds_read(ins):
                 values = transpose(values, int(bits)) if bits else values
                 for j, value in enumerate(extend(values, sign_bit, ins, w, dst)):
                     w.set_v(dst.index + i * words + j, value, lanes)
+
         w.m.ds.push(w, ins, finish, dst.mask, address=base, lanes=exec_lanes)
+
     return run
 
 
@@ -377,7 +483,9 @@ def ds_write(ins):
             lanes = pick(exec_lanes, due)
             for place, value in zip(places, values, strict=True):
                 lds.write(w, ins, on(place, lanes), nbytes, lanes, rows(value, lanes))
+
         w.m.ds.push(w, ins, finish, address=base, lanes=exec_lanes)
+
     return run
 
 
@@ -401,7 +509,9 @@ def ds_atomic(ins):
             old = modify(lds.span, off, value, RMW[name], None, w.m.lane_order(off.size))
             if returns:
                 return_old(w, dst, old, lanes, lanes)
+
         w.m.ds.push(w, ins, finish, dst.mask if returns else 0, address=base, lanes=exec_lanes)
+
     return run
 
 
@@ -409,14 +519,20 @@ def swizzle_lanes(offset):
     """Source lanes of ds_swizzle_b32 (MI300 ISA, DS_SWIZZLE_B32; names: LLVM, "swizzle"): and, or, xor masks within 32
     lanes, or a quad permutation."""
     if isinstance(offset, str):
-        mode, *rest = [x.strip() for x in offset[len("swizzle("):-1].split(",")]
-        if mode == "BITMASK_PERM":                 # a character a bit, high first: 0, 1, p(reserve), i(nvert)
-            keep, ones, flip = (int("".join("01"[c in on] for c in rest[0].strip('"')), 2) for on in ("pi", "1", "i"))
+        mode, *rest = [x.strip() for x in offset[len("swizzle(") : -1].split(",")]
+        if mode == "BITMASK_PERM":  # a character a bit, high first: 0, 1, p(reserve), i(nvert)
+            keep, ones, flip = (
+                int("".join("01"[c in on] for c in rest[0].strip('"')), 2)
+                for on in ("pi", "1", "i")
+            )
             return (LANES & 32) + ((LANES & keep | ones) ^ flip)
         n = [int(x) for x in rest]
-        return {"SWAP": lambda: LANES ^ n[0], "REVERSE": lambda: LANES ^ (n[0] - 1),
-                "BROADCAST": lambda: (LANES & ~(n[0] - 1)) + n[1],
-                "QUAD_PERM": lambda: (LANES & ~3) + np.array(n)[LANES & 3]}[mode]()
+        return {
+            "SWAP": lambda: LANES ^ n[0],
+            "REVERSE": lambda: LANES ^ (n[0] - 1),
+            "BROADCAST": lambda: (LANES & ~(n[0] - 1)) + n[1],
+            "QUAD_PERM": lambda: (LANES & ~3) + np.array(n)[LANES & 3],
+        }[mode]()
     if offset & 0x8000:
         return (LANES & ~3) + np.array([offset >> (2 * i) & 3 for i in range(4)])[LANES & 3]
     return (LANES & 32) + ((LANES & 31 & offset | offset >> 5 & 31) ^ (offset >> 10 & 31))
@@ -435,7 +551,9 @@ def ds_permute(ins):
         if swizzle is not None:
             out = live[:, swizzle]
         else:
-            lane = ((np.broadcast_to(gets[0](w), (w.n, 64)) + u32(imm)) >> u32(2) & u32(63)).astype(int)
+            lane = ((np.broadcast_to(gets[0](w), (w.n, 64)) + u32(imm)) >> u32(2) & u32(63)).astype(
+                int
+            )
             out = np.zeros_like(x)
             if ins.op == "ds_bpermute_b32":
                 out = np.take_along_axis(live, lane, 1)
@@ -445,20 +563,35 @@ def ds_permute(ins):
         out = out.copy()
         w.m.lds_cycles[ins.pc] += 2 * w.n
         w.m.ds.push(w, ins, lambda due: w.set_v(dst.index, out, pick(lanes, due)), dst.mask)
+
     return run
 
 
 def only_rewrites(ins, queue, pending):
     """Whether a load of the same in-order queue touches pending registers only as its destination, as the two halves of
     a d16 pair do."""
-    pattern = {"vm": r"(buffer|global|flat|scratch)_load", "ds": r"ds_(read|bpermute|permute|swizzle)"}.get(queue, "$")
-    return bool(re.match(pattern, ins.op)) and not any(opd.mask & pending for opd in ins.operands[1:])
+    pattern = {
+        "vm": r"(buffer|global|flat|scratch)_load",
+        "ds": r"ds_(read|bpermute|permute|swizzle)",
+    }.get(queue, "$")
+    return bool(re.match(pattern, ins.op)) and not any(
+        opd.mask & pending for opd in ins.operands[1:]
+    )
 
 
-HANDLERS = [(re.compile(pattern), handler) for pattern, handler in (
-    (r"(buffer|global|flat|scratch)_load_.*", vector_load), (r"(buffer|global|flat|scratch)_store_.*", vector_store),
-    (r"(buffer|global|flat)_atomic_.*", vector_atomic), (r"s_(buffer_)?load_.*", scalar_load), (r"ds_read.*", ds_read),
-    (r"ds_write.*", ds_write), (r"ds_(bpermute|permute|swizzle)_b32", ds_permute), (r"ds_.*", ds_atomic))]
+HANDLERS = [
+    (re.compile(pattern), handler)
+    for pattern, handler in (
+        (r"(buffer|global|flat|scratch)_load_.*", vector_load),
+        (r"(buffer|global|flat|scratch)_store_.*", vector_store),
+        (r"(buffer|global|flat)_atomic_.*", vector_atomic),
+        (r"s_(buffer_)?load_.*", scalar_load),
+        (r"ds_read.*", ds_read),
+        (r"ds_write.*", ds_write),
+        (r"ds_(bpermute|permute|swizzle)_b32", ds_permute),
+        (r"ds_.*", ds_atomic),
+    )
+]
 
 
 def handler(op):

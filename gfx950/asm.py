@@ -2,18 +2,28 @@
 
 Syntax: LLVM "AMDGPU Operand Syntax" and "AMDGPU Modifier Syntax" (llvm.org/docs/AMDGPUOperandSyntax.html).
 """
+
 import re
 from dataclasses import dataclass
 
-VCC, M0, EXEC, NULL = 106, 124, 126, 125          # their numbers as scalar operands (MI300 ISA)
-SPECIAL = {"vcc": (VCC, 2), "vcc_lo": (VCC, 1), "vcc_hi": (VCC + 1, 1), "m0": (M0, 1), "null": (NULL, 1),
-           "exec": (EXEC, 2), "exec_lo": (EXEC, 1), "exec_hi": (EXEC + 1, 1)}
-SGPR_BIT = 512                                     # register masks: bits 0..511 VGPR and AGPR, then SGPRs
+VCC, M0, EXEC, NULL = 106, 124, 126, 125  # their numbers as scalar operands (MI300 ISA)
+SPECIAL = {
+    "vcc": (VCC, 2),
+    "vcc_lo": (VCC, 1),
+    "vcc_hi": (VCC + 1, 1),
+    "m0": (M0, 1),
+    "null": (NULL, 1),
+    "exec": (EXEC, 2),
+    "exec_lo": (EXEC, 1),
+    "exec_hi": (EXEC + 1, 1),
+}
+SGPR_BIT = 512  # register masks: bits 0..511 VGPR and AGPR, then SGPRs
 
 
 @dataclass(frozen=True)
 class Operand:
     """kind: "v" vector register, "s" scalar register, "int" / "float" constant, "hex" 32-bit literal, "name" label."""
+
     kind: str
     index: int = 0
     count: int = 1
@@ -32,28 +42,29 @@ class Operand:
 @dataclass
 class Instruction:
     """One line. `op` is the mnemonic without its encoding suffix; `where` is the Python line it came from."""
+
     op: str
     operands: list
     mods: dict
     text: str
     where: str
     encoding: str = ""
-    regs: int = 0                                  # registers named, as a mask
+    regs: int = 0  # registers named, as a mask
     pc: int = 0
-    labels: dict = None                            # of its program
-    run: object = None                             # what it does to a group of waves (machine.build)
-    klass: str = ""                                # counters.classify
+    labels: dict = None  # of its program
+    run: object = None  # what it does to a group of waves (machine.build)
+    klass: str = ""  # counters.classify
     cycles: int = 0
 
 
 @dataclass
 class Program:
     name: str
-    code: list                                     # Instruction
-    labels: dict                                   # label -> index into code
-    args: list                                     # (offset, size, value_kind) of every kernel argument
-    directives: dict                               # .amdhsa_* and metadata integers by name
-    accum_offset: int                              # AGPR n is vector register accum_offset + n
+    code: list  # Instruction
+    labels: dict  # label -> index into code
+    args: list  # (offset, size, value_kind) of every kernel argument
+    directives: dict  # .amdhsa_* and metadata integers by name
+    accum_offset: int  # AGPR n is vector register accum_offset + n
     lds_unit: int = 4
 
 
@@ -100,7 +111,9 @@ def parse_mod(text):
         return name, True
     if value.startswith("["):
         return name, [int(x) for x in value[1:-1].split(",")]
-    return name, int(value, 0) if re.fullmatch(r"-?(0x)?[0-9a-f]+", value) and not value[0].isupper() else value
+    return name, int(value, 0) if re.fullmatch(r"-?(0x)?[0-9a-f]+", value) and not value[
+        0
+    ].isupper() else value
 
 
 SUFFIX = re.compile(r"_(e32|e64|dpp|sdwa|e64_dpp)$")
@@ -110,7 +123,7 @@ def parse_instruction(text, where, accum_offset):
     op, _, rest = text.partition(" ")
     encoding = ""
     if m := SUFFIX.search(op):
-        op, encoding = op[:m.start()], m[1]
+        op, encoding = op[: m.start()], m[1]
     operands, mods = [], {}
     if op == "s_waitcnt":
         mods = dict(parse_mod(t) for t in rest.split())
@@ -130,9 +143,16 @@ def parse(text):
     names = re.findall(r"^\s*\.amdhsa_kernel (\S+)", text, re.M)
     if len(names) != 1:
         raise ValueError(f"expected one kernel in the assembly, found {names}")
-    directives = {k: int(v, 0) for k, v in re.findall(r"^\s*\.amdhsa_(\w+) (\S+)", text, re.M) if k != "kernel"}
-    meta = text[text.rfind(".amdgpu_metadata"):]
-    directives |= {k: int(v) for k, v in re.findall(r"^\s+-? ?\.(\w+_count|\w+_fixed_size):\s+(\d+)", meta, re.M)}
+    directives = {
+        k: int(v, 0)
+        for k, v in re.findall(r"^\s*\.amdhsa_(\w+) (\S+)", text, re.M)
+        if k != "kernel"
+    }
+    meta = text[text.rfind(".amdgpu_metadata") :]
+    directives |= {
+        k: int(v)
+        for k, v in re.findall(r"^\s+-? ?\.(\w+_count|\w+_fixed_size):\s+(\d+)", meta, re.M)
+    }
     for key in ("codeLenInByte", "Occupancy", "ScratchSize"):
         m = re.search(rf"^; {key}\s*[=:] (\d+)", text, re.M)
         directives[key] = int(m[1]) if m else 0
@@ -149,7 +169,7 @@ def parse(text):
             files[m[1]] = f"{m[2]}/{m[3]}" if m[2] else m[3]
         elif m := re.match(r"\.loc\s+(\d+) (\d+)", line):
             inlined = comment.partition("@[")[2].rstrip(" ]").replace("@[", "<-")
-            if m[2] != "0":                        # line 0: the compiler merged several; keep the last real one
+            if m[2] != "0":  # line 0: the compiler merged several; keep the last real one
                 where = f"{files[m[1]]}:{m[2]}" + (f" <- {inlined.strip()}" if inlined else "")
         elif m := re.match(r"([.\w$]+):$", line):
             labels[m[1]] = len(code)

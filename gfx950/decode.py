@@ -3,6 +3,7 @@
 `w` everywhere is a `machine.Group`: n waves at one program counter. `w.v(r)` is vector register r as uint32 [n, 64],
 `w.s(r)` scalar register r as uint32 [n, 1]; arithmetic broadcasts the second against the first.
 """
+
 import re
 
 import numpy as np
@@ -35,7 +36,10 @@ from .isa import (
 
 LANES = np.arange(64)
 SIZE = {"b1": 64} | {name: t(0).itemsize * 8 for name, t in NUMPY.items()}
-HALF_TURN = (0.15915494, 0.15915494309189532)     # how the inline constant 1 / (2 pi) is printed, f32 and f64
+HALF_TURN = (
+    0.15915494,
+    0.15915494309189532,
+)  # how the inline constant 1 / (2 pi) is printed, f32 and f64
 
 
 class Unsupported(Exception):
@@ -52,18 +56,22 @@ def pack_mask(lanes):
 
 def unpack_mask(lo, hi):
     """two uint32 [n, 1] -> bool [n, 64]."""
-    return np.unpackbits(np.concatenate([lo, hi], axis=1).view(u8), axis=1, bitorder="little").view(bool)
+    return np.unpackbits(np.concatenate([lo, hi], axis=1).view(u8), axis=1, bitorder="little").view(
+        bool
+    )
 
 
 def constant_bits(opd, typename):
     """Bits of an inline constant or literal for an operand of this type (MI300 ISA, "Scalar and vector operands")."""
     size = SIZE[typename]
     if opd.kind == "float":
-        ftype = {16: f16, 32: f32, 64: f64}[size]    # by operand width, also where the type is an integer's
+        ftype = {16: f16, 32: f32, 64: f64}[
+            size
+        ]  # by operand width, also where the type is an integer's
         exact = 0.5 / np.pi if opd.value in HALF_TURN else opd.value
         bits = int(ftype(exact).view({f16: u16, f32: u32, f64: u64}[ftype]))
     elif opd.kind == "hex" and typename == "f64":
-        bits = opd.value << 32                     # a 32-bit literal is the high half of a double
+        bits = opd.value << 32  # a 32-bit literal is the high half of a double
     elif opd.kind == "hex" and typename == "i64":
         bits = opd.value - (opd.value >> 31 << 32)
     else:
@@ -77,17 +85,22 @@ def read_mask(index):
 
 def write_mask(index):
     """Lanes off in EXEC get 0."""
+
     def put(w, value, mask):
         value = np.broadcast_to(value, (w.n, 64))
         pair = pack_mask(value if mask is None else value & mask)
         w.set_s(index, pair[:, :1])
         w.set_s(index + 1, pair[:, 1:])
+
     return put
 
 
-IMPLICIT = {"scc": (lambda w: w.scc(), lambda w, value, mask: w.set_scc(value)), "vcc": (read_mask(VCC), None),
-            "exec": (None, write_mask(EXEC)),
-            "exec64": (lambda w: w.s64(EXEC), lambda w, value, mask: w.set_s64(EXEC, value))}   # type -> (read, write)
+IMPLICIT = {
+    "scc": (lambda w: w.scc(), lambda w, value, mask: w.set_scc(value)),
+    "vcc": (read_mask(VCC), None),
+    "exec": (None, write_mask(EXEC)),
+    "exec64": (lambda w: w.s64(EXEC), lambda w, value, mask: w.set_s64(EXEC, value)),
+}  # type -> (read, write)
 
 
 def reader(opd, typename, half=0, select=None):
@@ -99,10 +112,11 @@ def reader(opd, typename, half=0, select=None):
         raise Unsupported(f"operand {opd.value}")
     if opd.kind in ("int", "hex", "float"):
         const = np.array(constant_bits(opd, typename), {16: u16, 32: u32, 64: u64}[size])[()]
-        raw = lambda w: const                                                   # noqa: E731
+        raw = lambda w: const  # noqa: E731
     else:
         fetch, r = ("v" if opd.kind == "v" else "s"), opd.index
         if size == 64:
+
             def raw(w):
                 get = getattr(w, fetch)
                 return get(r).astype(u64) | get(r + 1).astype(u64) << u64(32)
@@ -112,12 +126,12 @@ def reader(opd, typename, half=0, select=None):
             raw = sdwa_select(raw, select, opd.sext)
         if size == 16:
             shift = u32(16 * half)
-            raw = lambda w, raw=raw: (raw(w) >> shift).astype(u16)              # noqa: E731
+            raw = lambda w, raw=raw: (raw(w) >> shift).astype(u16)  # noqa: E731
     sign = {16: u16(1 << 15), 32: u32(1 << 31), 64: u64(1 << 63)}[size]
     if opd.abs:
-        raw = lambda w, raw=raw: raw(w) & ~sign                                 # noqa: E731
+        raw = lambda w, raw=raw: raw(w) & ~sign  # noqa: E731
     if opd.neg:
-        raw = lambda w, raw=raw: raw(w) ^ sign                                  # noqa: E731
+        raw = lambda w, raw=raw: raw(w) ^ sign  # noqa: E731
     if typename.startswith("u"):
         return raw
     return lambda w: raw(w).view(dtype)
@@ -136,7 +150,11 @@ def writer(opd, typename, mods, half=None):
     dtype, size, r, vector = NUMPY[typename], SIZE[typename], opd.index, opd.kind == "v"
     unsigned = {16: u16, 32: u32, 64: u64}[size]
     finish = output_modifier(typename, mods)
-    put = (lambda w, i, bits, mask: w.set_v(i, bits, mask)) if vector else (lambda w, i, bits, mask: w.set_s(i, bits))
+    put = (
+        (lambda w, i, bits, mask: w.set_v(i, bits, mask))
+        if vector
+        else (lambda w, i, bits, mask: w.set_s(i, bits))
+    )
     sel, unused = mods.get("dst_sel", "DWORD"), mods.get("dst_unused", "UNUSED_PAD")
 
     def put_value(w, value, mask):
@@ -150,13 +168,16 @@ def writer(opd, typename, mods, half=None):
             if half is not None:
                 bits = (w.v(r) & u32(0xFFFF << (16 - 16 * half))) | bits << u32(16 * half)
         if sel != "DWORD":
-            shift, field = (8 * int(sel[-1]), 0xFF) if sel.startswith("BYTE") else (16 * int(sel[-1]), 0xFFFF)
+            shift, field = (
+                (8 * int(sel[-1]), 0xFF) if sel.startswith("BYTE") else (16 * int(sel[-1]), 0xFFFF)
+            )
             bits = (bits & u32(field)) << u32(shift)
             if unused == "UNUSED_PRESERVE":
                 bits = bits | w.v(r) & u32(~(field << shift) & 0xFFFFFFFF)
             elif unused != "UNUSED_PAD":
                 raise Unsupported(unused)
         put(w, r, bits, mask)
+
     return put_value
 
 
@@ -169,6 +190,7 @@ def output_modifier(typename, mods):
     def finish(x):
         x = x * factor
         return np.clip(np.nan_to_num(x, nan=0.0), 0, 1).astype(x.dtype) if clamp else x
+
     return finish
 
 
@@ -195,7 +217,7 @@ def dpp_source(mods):
     elif "row_newbcast" in mods:
         src = row + mods["row_newbcast"]
     elif "row_bcast" in mods:
-        width = mods["row_bcast"] + 1              # 16: last lane of the row before; 32: lane 31
+        width = mods["row_bcast"] + 1  # 16: last lane of the row before; 32: lane 31
         src = (LANES & ~(width - 1)) - 1
         valid = src >= 0
     elif "wave_shr" in mods or "wave_shl" in mods:
@@ -215,7 +237,7 @@ def with_dpp(read, mods):
     enabled = ((rows >> (LANES >> 4)) & (banks >> ((LANES & 15) >> 2)) & 1).astype(bool)
     zero = bool(mods.get("bound_ctrl"))
 
-    def usable(w):                                 # a lane switched off by EXEC is no valid source
+    def usable(w):  # a lane switched off by EXEC is no valid source
         return valid if w.mask is None else valid & w.mask[:, src]
 
     def permuted(w):
@@ -225,20 +247,35 @@ def with_dpp(read, mods):
     def writable(w):
         lanes = enabled if zero else enabled & usable(w)
         return np.broadcast_to(lanes, (w.n, 64)) if w.mask is None else w.mask & lanes
+
     return permuted, writable
 
 
 # ---------------------------------------------------------------------------------------------- plain arithmetic
 
-PRESERVE_HIGH = {"v_mad_u16", "v_mad_i16", "v_fma_f16", "v_fmac_f16", "v_div_fixup_f16", "v_max3_f16", "v_min3_f16",
-                 "v_med3_f16", "v_med3_i16", "v_med3_u16", "v_ashr_pk_i8_i32", "v_ashr_pk_u8_i32"}
+PRESERVE_HIGH = {
+    "v_mad_u16",
+    "v_mad_i16",
+    "v_fma_f16",
+    "v_fmac_f16",
+    "v_div_fixup_f16",
+    "v_max3_f16",
+    "v_min3_f16",
+    "v_med3_f16",
+    "v_med3_i16",
+    "v_med3_u16",
+    "v_ashr_pk_i8_i32",
+    "v_ashr_pk_u8_i32",
+}
 # The other 16-bit results clear bits 31:16 on gfx9 (LLVM, GCNSubtarget::zeroesHigh16BitsOfDest).
 
 
 def saturating(fn, typename):
     """Integer add or subtract with the clamp bit: computed wide, then cut to the type's range."""
     info = np.iinfo(NUMPY[typename])
-    return lambda *args: np.clip(fn(*[a.astype(i64) for a in args]), info.min, info.max).astype(info.dtype)
+    return lambda *args: np.clip(fn(*[a.astype(i64) for a in args]), info.min, info.max).astype(
+        info.dtype
+    )
 
 
 def arithmetic(ins):
@@ -249,7 +286,9 @@ def arithmetic(ins):
             raise Unsupported("clamp of this integer result")
         fn = saturating(fn, dst_types[0])
     operands, mods, vector = list(ins.operands), ins.mods, ins.op.startswith("v_")
-    if re.fullmatch(r"s_(mov|add|mul|cmp)k_\w*i32", ins.op):     # a 16-bit constant, printed unsigned, sign-extended
+    if re.fullmatch(
+        r"s_(mov|add|mul|cmp)k_\w*i32", ins.op
+    ):  # a 16-bit constant, printed unsigned, sign-extended
         operands[-1] = Operand("int", value=(operands[-1].value & 0xFFFF ^ 0x8000) - 0x8000)
     op_sel = mods.get("op_sel", [0] * 4)
     puts, dst = [], None
@@ -280,7 +319,7 @@ def arithmetic(ins):
     if operands:
         raise Unsupported("operand count")
     if len(puts) == 1:
-        put, = puts
+        (put,) = puts
         if vector:
             return lambda w: put(w, fn(*[g(w) for g in gets]), lanes(w) if lanes else w.mask)
         return lambda w: put(w, fn(*[g(w) for g in gets]), None)
@@ -289,6 +328,7 @@ def arithmetic(ins):
         mask = (lanes(w) if lanes else w.mask) if vector else None
         for put, value in zip(puts, fn(*[g(w) for g in gets]), strict=True):
             put(w, value, mask)
+
     return several
 
 
@@ -306,12 +346,13 @@ def packed(ins):
     def half(opd, which, negate):
         if opd.kind in "vs" and wide:
             opd, which = Operand(opd.kind, opd.index + which), 0
-        elif opd.kind == "hex" and not wide:       # a 32-bit literal holds both halves
+        elif opd.kind == "hex" and not wide:  # a 32-bit literal holds both halves
             opd = Operand("hex", value=opd.value >> (16 * which) & 0xFFFF)
         elif opd.kind not in "vs" and not wide and which:
-            opd = Operand("int", value=0)        # inline constants fill the low half only
+            opd = Operand("int", value=0)  # inline constants fill the low half only
         get = reader(opd, typename, which)
         return (lambda w: -get(w)) if negate else get
+
     low = [half(o, lo[i], nlo[i]) for i, o in enumerate(srcs)]
     high = [half(o, hi[i], nhi[i]) for i, o in enumerate(srcs)]
     finish = output_modifier(typename, mods)
@@ -323,6 +364,7 @@ def packed(ins):
             w.set_v(dst.index + 1, b.view(u32), w.mask)
         else:
             w.set_v(dst.index, pack16(a.view(u16), b.view(u16)), w.mask)
+
     return run
 
 
@@ -332,12 +374,14 @@ def pk_mov(ins):
 
     def word(opd, which):
         return reader(Operand(opd.kind, opd.index + which) if opd.kind in "vs" else opd, "u32")
+
     low, high = word(a, sel[0]), word(b, sel[1])
 
     def run(w):
         x, y = low(w), np.array(high(w))
         w.set_v(dst.index, x, w.mask)
         w.set_v(dst.index + 1, y, w.mask)
+
     return run
 
 
@@ -346,7 +390,11 @@ def fma_mix(ins):
     dst, *srcs = ins.operands
     sel, is16 = ins.mods.get("op_sel", [0] * 3), ins.mods.get("op_sel_hi", [0] * 3)
     raw = [reader(o, "f16" if is16[i] else "f32", sel[i]) for i, o in enumerate(srcs)]
-    out = {"v_fma_mix_f32": ("f32", None), "v_fma_mixlo_f16": ("f16", 0), "v_fma_mixhi_f16": ("f16", 1)}[ins.op]
+    out = {
+        "v_fma_mix_f32": ("f32", None),
+        "v_fma_mixlo_f16": ("f16", 0),
+        "v_fma_mixhi_f16": ("f16", 1),
+    }[ins.op]
     put = writer(dst, out[0], ins.mods, out[1])
     return lambda w: put(w, fma32(*[np.asarray(g(w)).astype(f32) for g in raw]), w.mask)
 
@@ -360,8 +408,9 @@ def readfirstlane(ins):
 
     def run(w):
         x = np.broadcast_to(get(w), (w.n, 64))
-        lane = np.zeros(w.n, int) if w.mask is None else w.mask.argmax(1)       # no lane active: lane 0
+        lane = np.zeros(w.n, int) if w.mask is None else w.mask.argmax(1)  # no lane active: lane 0
         w.set_s(dst.index, x[np.arange(w.n), lane][:, None])
+
     return run
 
 
@@ -372,6 +421,7 @@ def readlane(ins):
     def run(w):
         lanes = np.broadcast_to(which(w), (w.n, 1))[:, 0] & 63
         w.set_s(dst.index, np.broadcast_to(get(w), (w.n, 64))[np.arange(w.n), lanes][:, None])
+
     return run
 
 
@@ -391,6 +441,7 @@ def permlane_swap(ins):
         x, y = w.v(a.index).copy(), w.v(b.index).copy()
         w.set_v(a.index, np.where(odd, y[:, LANES ^ width], x), w.mask)
         w.set_v(b.index, np.where(odd, y, x[:, LANES ^ width]), w.mask)
+
     return run
 
 
@@ -401,6 +452,7 @@ def swap(ins):
         x, y = w.v(a.index).copy(), w.v(b.index).copy()
         w.set_v(a.index, y, w.mask)
         w.set_v(b.index, x, w.mask)
+
     return run
 
 
@@ -408,17 +460,24 @@ def mbcnt(ins):
     """Adds the number of set mask bits below this lane (low or high 32 lanes of the mask)."""
     dst, mask, base = ins.operands
     get, add = reader(mask, "u32"), reader(base, "u32")
-    below = np.array([((1 << i) - 1 >> (32 if "hi" in ins.op else 0)) & 0xFFFFFFFF for i in range(64)], u32)
-    return lambda w: w.set_v(dst.index, popcount(np.broadcast_to(get(w) & below, (w.n, 64))) + add(w), w.mask)
+    below = np.array(
+        [((1 << i) - 1 >> (32 if "hi" in ins.op else 0)) & 0xFFFFFFFF for i in range(64)], u32
+    )
+    return lambda w: w.set_v(
+        dst.index, popcount(np.broadcast_to(get(w) & below, (w.n, 64))) + add(w), w.mask
+    )
 
 
 # ---------------------------------------------------------------------------------------------- small floats
 
 SMALL = {"fp8": E4M3, "bf8": E5M2, "fp4": E2M1}
-WIDE = {"f32": lambda b: b.view(f32), "f16": lambda b: b.astype(u16).view(f16),
-        "bf16": lambda b: bf16_value(b.astype(u16))}
+WIDE = {
+    "f32": lambda b: b.view(f32),
+    "f16": lambda b: b.astype(u16).view(f16),
+    "bf16": lambda b: bf16_value(b.astype(u16)),
+}
 TO_BITS = {"f16": lambda x: x.astype(f16).view(u16), "bf16": lambda x: bf16_bits(x.astype(f32))}
-FP16_OVFL = 1 << 23                                # MODE bit 23: conversions saturate instead of overflowing
+FP16_OVFL = 1 << 23  # MODE bit 23: conversions saturate instead of overflowing
 
 
 def widen(ins):
@@ -435,7 +494,9 @@ def widen(ins):
 
     def run(w):
         bits = get(w) >> u32(shift)
-        x = [fmt.table[bits >> u32(i * step) & u32((1 << step) - 1)] for i in range(2 if pair else 1)]
+        x = [
+            fmt.table[bits >> u32(i * step) & u32((1 << step) - 1)] for i in range(2 if pair else 1)
+        ]
         if scaled:
             x = [np.ldexp(v, (get_scale(w) >> u32(23) & u32(0xFF)).astype(int) - 127) for v in x]
         if wide == "f32":
@@ -445,6 +506,7 @@ def widen(ins):
             w.set_v(dst.index, pack16(*map(TO_BITS[wide], x)), w.mask)
         else:
             w.set_v(dst.index, TO_BITS[wide](x[0]).astype(u32), w.mask)
+
     return run
 
 
@@ -475,6 +537,7 @@ def narrow(ins):
         lo, hi = (fmt.encode(v, bool(w.m.mode & FP16_OVFL)).astype(u32) for v in x)
         keep = w.v(dst.index) & u32(~(((1 << width) - 1) << shift) & 0xFFFFFFFF)
         w.set_v(dst.index, keep | (lo | hi << u32(width // 2)) << u32(shift), w.mask)
+
     return run
 
 
@@ -493,6 +556,7 @@ def set_mode(ins):
 
     def run(w):
         w.m.mode = w.m.mode & ~(((1 << size) - 1) << offset) | value.value << offset
+
     return run
 
 
@@ -508,16 +572,37 @@ def nop(ins):
     return lambda w: None
 
 
-LANE_OPS = {"v_readfirstlane_b32": readfirstlane, "v_readlane_b32": readlane, "v_writelane_b32": writelane,
-            "v_permlane16_swap_b32": permlane_swap, "v_permlane32_swap_b32": permlane_swap, "v_swap_b32": swap,
-            "v_mbcnt_lo_u32_b32": mbcnt, "v_mbcnt_hi_u32_b32": mbcnt, "v_bitop3_b32": bitop, "v_bitop3_b16": bitop,
-            "v_pk_mov_b32": pk_mov, "v_fma_mix_f32": fma_mix, "v_fma_mixlo_f16": fma_mix, "v_fma_mixhi_f16": fma_mix,
-            "s_setreg_imm32_b32": set_mode}
+LANE_OPS = {
+    "v_readfirstlane_b32": readfirstlane,
+    "v_readlane_b32": readlane,
+    "v_writelane_b32": writelane,
+    "v_permlane16_swap_b32": permlane_swap,
+    "v_permlane32_swap_b32": permlane_swap,
+    "v_swap_b32": swap,
+    "v_mbcnt_lo_u32_b32": mbcnt,
+    "v_mbcnt_hi_u32_b32": mbcnt,
+    "v_bitop3_b32": bitop,
+    "v_bitop3_b16": bitop,
+    "v_pk_mov_b32": pk_mov,
+    "v_fma_mix_f32": fma_mix,
+    "v_fma_mixlo_f16": fma_mix,
+    "v_fma_mixhi_f16": fma_mix,
+    "s_setreg_imm32_b32": set_mode,
+}
 LANE_OPS |= {f"v_pk_{name}": packed for name in PACKED}
-LANE_OPS |= {op: nop for op in ("s_nop", "s_setprio", "s_sleep", "v_nop", "buffer_inv", "buffer_wbl2")}
+LANE_OPS |= {
+    op: nop for op in ("s_nop", "s_setprio", "s_sleep", "v_nop", "buffer_inv", "buffer_wbl2")
+}
 for _w in WIDE:
     for _s in SMALL:
-        LANE_OPS |= {f"v_cvt_scalef32_pk_{_s}_{_w}": narrow, f"v_cvt_scalef32_pk_{_w}_{_s}": widen,
-                     f"v_cvt_scalef32_{_w}_{_s}": widen}
+        LANE_OPS |= {
+            f"v_cvt_scalef32_pk_{_s}_{_w}": narrow,
+            f"v_cvt_scalef32_pk_{_w}_{_s}": widen,
+            f"v_cvt_scalef32_{_w}_{_s}": widen,
+        }
 for _s in ("fp8", "bf8"):
-    LANE_OPS |= {f"v_cvt_pk_{_s}_f32": narrow, f"v_cvt_pk_f32_{_s}": widen, f"v_cvt_f32_{_s}": widen}
+    LANE_OPS |= {
+        f"v_cvt_pk_{_s}_f32": narrow,
+        f"v_cvt_pk_f32_{_s}": widen,
+        f"v_cvt_f32_{_s}": widen,
+    }

@@ -6,13 +6,16 @@ Types: u16 i16 f16 u32 i32 f32 u64 i64 f64 as numpy has them; `b1` a lane mask h
 Semantics: "AMD Instinct MI300 ISA" (CDNA3) chapters 12.1 to 12.12 and "CDNA4 ISA" for what gfx950 adds. Where the
 hardware is only accurate to 1 ULP (rcp, rsq, exp, log, sin, cos) the table rounds correctly.
 """
+
 import numpy as np
 
 f16, f32, f64 = np.float16, np.float32, np.float64
 u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
 i8, i16, i32, i64 = np.int8, np.int16, np.int32, np.int64
-NUMPY = {t.__name__.replace("uint", "u").replace("int", "i").replace("float", "f"): t
-         for t in (f16, f32, f64, u8, u16, u32, u64, i8, i16, i32, i64)}
+NUMPY = {
+    t.__name__.replace("uint", "u").replace("int", "i").replace("float", "f"): t
+    for t in (f16, f32, f64, u8, u16, u32, u64, i8, i16, i32, i64)
+}
 
 # ---------------------------------------------------------------------------------------------- number formats
 
@@ -25,14 +28,16 @@ class Format:
         self.mbits, self.bias, self.top, self.sign = mbits, bias, top, 1 << (ebits + mbits)
         codes = np.arange(2 * self.sign)
         e, m = (codes >> mbits) & ((1 << ebits) - 1), codes & ((1 << mbits) - 1)
-        value = np.where(e > 0, np.ldexp(1.0 + m / 2**mbits, e - bias), np.ldexp(m / 2**mbits, 1 - bias))
+        value = np.where(
+            e > 0, np.ldexp(1.0 + m / 2**mbits, e - bias), np.ldexp(m / 2**mbits, 1 - bias)
+        )
         magnitude = codes & (self.sign - 1)
         if top == "ieee":
             value[e == (1 << ebits) - 1] = np.nan
             value[magnitude == ((1 << ebits) - 1) << mbits] = np.inf
         elif top == "nan":
             value[magnitude == self.sign - 1] = np.nan
-        self.table = np.where(codes & self.sign, -value, value)         # code -> float64
+        self.table = np.where(codes & self.sign, -value, value)  # code -> float64
         self.max = value[np.isfinite(value)].max()
         self.nan = self.sign - 1
 
@@ -40,11 +45,13 @@ class Format:
         """Rounds float64 to nearest even. Overflow: the largest finite value if `saturate`, else infinity or NaN."""
         a = np.abs(np.where(np.isfinite(x), x, 0.0))
         e = np.where(a > 0, np.maximum(np.frexp(a)[1] - 1, 1 - self.bias), 1 - self.bias)
-        q = np.rint(np.ldexp(a, self.mbits - e))                        # integer mantissa; 2^(mbits+1) carries over
+        q = np.rint(np.ldexp(a, self.mbits - e))  # integer mantissa; 2^(mbits+1) carries over
         code = (q + ((e + self.bias - 1).astype(f64) * 2**self.mbits)).astype(i64)
-        top = int(np.flatnonzero(self.table[:self.sign] == self.max)[0])
+        top = int(np.flatnonzero(self.table[: self.sign] == self.max)[0])
         over = (code > top) | np.isinf(x)
-        full = top if saturate or self.top == "finite" else top + 1     # e4m3: NaN follows 448; e5m2: infinity does
+        full = (
+            top if saturate or self.top == "finite" else top + 1
+        )  # e4m3: NaN follows 448; e5m2: infinity does
         code = np.where(over, full, code)
         code = np.where(np.isnan(x), top if self.top == "finite" else self.nan, code)
         return (code + np.where(np.signbit(x), self.sign, 0)).astype(u8)
@@ -74,10 +81,12 @@ def fma32(a, b, c, exponent=0):
     p = a.astype(f64) * b
     s = p + c
     bits = s.view(u64)
-    doubtful = ((bits & u64(0x1FFFFFFF)) == u64(0x10000000)) | (np.abs(s) < np.ldexp(2.0**-126, -exponent))
+    doubtful = ((bits & u64(0x1FFFFFFF)) == u64(0x10000000)) | (
+        np.abs(s) < np.ldexp(2.0**-126, -exponent)
+    )
     if doubtful.any():
         d = s - p
-        err = (p - (s - d)) + (c - d)                                   # TwoSum: s + err is exact
+        err = (p - (s - d)) + (c - d)  # TwoSum: s + err is exact
         inexact = doubtful & (err != 0) & np.isfinite(s) & (s != 0)
         odd = np.where((err < 0) == (s < 0), bits, bits - u64(1)) | u64(1)
         s = np.where(inexact, odd, bits).view(f64)
@@ -97,7 +106,9 @@ def fma64(a, b, c, exponent=0):
 
 
 def fma16(a, b, c):
-    return (a.astype(f64) * b.astype(f64) + c.astype(f64)).astype(f16)  # 22 + 11 bits: exact but for huge exponents
+    return (a.astype(f64) * b.astype(f64) + c.astype(f64)).astype(
+        f16
+    )  # 22 + 11 bits: exact but for huge exponents
 
 
 def pick_zero(r, a, b, op):
@@ -128,7 +139,7 @@ def minimum(a, b):
 
 
 def med3(a, b, c):
-    if a.dtype.kind == "f":                                             # a NaN operand: the minimum of the three
+    if a.dtype.kind == "f":  # a NaN operand: the minimum of the three
         m = fmax(fmin(a, b), fmin(fmax(a, b), c))
         return np.where(np.isnan(a) | np.isnan(b) | np.isnan(c), fmin(fmin(a, b), c), m)
     return np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))
@@ -141,14 +152,17 @@ def to_int(t):
     def convert(x):
         x = np.trunc(np.nan_to_num(x.astype(f64), nan=0.0, posinf=np.inf, neginf=-np.inf))
         return np.clip(x, info.min, info.max).astype(t)
+
     return convert
 
 
 def in64(fn):
     """A transcendental evaluated in float64 and rounded to float32, tiny results flushed (ISA V_EXP_F32)."""
+
     def wrapped(x):
         r = fn(x.astype(f64)).astype(f32)
         return np.where(np.abs(r) < f32(2.0**-126), np.copysign(f32(0), r), r)
+
     return wrapped
 
 
@@ -184,7 +198,9 @@ def s_bfe(value, packed):
         offset = p & (bits - 1)
         width = min(p >> 16 & 127, bits - offset)
         x = (v >> offset) & ((1 << width) - 1)
-        out.append(x - (1 << width) if width and value.dtype.kind == "i" and x >> (width - 1) else x)
+        out.append(
+            x - (1 << width) if width and value.dtype.kind == "i" and x >> (width - 1) else x
+        )
     return np.array(out, value.dtype).reshape(value.shape)
 
 
@@ -207,7 +223,9 @@ def first_high(x):
 
 
 def first_low(x):
-    return np.where(x == 0, u32(0xFFFFFFFF), popcount((x & (~x + x.dtype.type(1))) - x.dtype.type(1)))
+    return np.where(
+        x == 0, u32(0xFFFFFFFF), popcount((x & (~x + x.dtype.type(1))) - x.dtype.type(1))
+    )
 
 
 def first_high_signed(x):
@@ -230,6 +248,7 @@ def signed_overflow(fn):
     def wrapped(a, b):
         r = fn(a.astype(i64), b.astype(i64))
         return r.astype(i32), r != r.astype(i32)
+
     return wrapped
 
 
@@ -238,6 +257,7 @@ def mad64(t):
         p = a.astype(t) * b.astype(t)
         r = p.view(u64) + c
         return r, r < c
+
     return mad
 
 
@@ -249,7 +269,9 @@ def perm(a, b, select):
         s = (select >> u32(8 * i)) & u32(0xFF)
         byte = (both >> (u64(8) * np.minimum(s, u32(7)).astype(u64))) & u64(0xFF)
         sign = (both >> (u64(16) * (s & u32(3)).astype(u64) + u64(15))) & u64(1)
-        byte = np.where(s < 8, byte, np.where(s < 12, sign * u64(0xFF), np.where(s == 12, u64(0), u64(0xFF))))
+        byte = np.where(
+            s < 8, byte, np.where(s < 12, sign * u64(0xFF), np.where(s == 12, u64(0), u64(0xFF)))
+        )
         out |= byte.astype(u32) << u32(8 * i)
     return out
 
@@ -257,24 +279,35 @@ def perm(a, b, select):
 def div_scale(scale, gap, tiny, exponent_bits):
     """V_DIV_SCALE: the chosen operand, pre-scaled so that the division's Newton steps neither overflow nor lose
     denormals, and whether V_DIV_FMAS must scale back."""
+
     def fn(s0, den, num):
         t = s0.dtype.type
         s0, den, num = np.broadcast_arrays(s0, den, num)
         lowest = np.finfo(t).tiny
-        exp = lambda x: np.frexp(x)[1] - 1 + (1 << (exponent_bits - 1)) - 1     # noqa: E731  biased exponent
+        exp = lambda x: np.frexp(x)[1] - 1 + (1 << (exponent_bits - 1)) - 1  # noqa: E731  biased exponent
         up, down = np.ldexp(s0, scale), np.ldexp(s0, -scale)
-        denormal = lambda x: (np.abs(x) < lowest) & (x != 0)                    # noqa: E731
+        denormal = lambda x: (np.abs(x) < lowest) & (x != 0)  # noqa: E731
         zero = (num == 0) | (den == 0)
         far = exp(num) - exp(den) >= gap
         inv, quo = denormal(t(1) / den.astype(f64)), denormal(num.astype(f64) / den.astype(f64))
         cases = [zero, far, denormal(den), inv & quo, inv, quo, exp(num) <= tiny]
         is_den, is_num = s0 == den, s0 == num
-        values = [np.full_like(s0, np.nan), np.where(is_den, up, s0), up, np.where(is_den, up, s0), down,
-                  np.where(is_num, up, s0), up]
+        values = [
+            np.full_like(s0, np.nan),
+            np.where(is_den, up, s0),
+            up,
+            np.where(is_den, up, s0),
+            down,
+            np.where(is_num, up, s0),
+            up,
+        ]
         flags = [False, True, False, True, False, True, False]
         every = np.ones_like(zero)
-        return (np.select([*cases, every], [*values, s0]).astype(t),
-                np.select([*cases, every], [np.full_like(zero, f) for f in [*flags, False]]))
+        return (
+            np.select([*cases, every], [*values, s0]).astype(t),
+            np.select([*cases, every], [np.full_like(zero, f) for f in [*flags, False]]),
+        )
+
     return fn
 
 
@@ -282,8 +315,12 @@ def div_fmas(fma, scale):
     """V_DIV_FMAS: a b + c; with VCC set scaled by 2^scale when the quotient c is 1 or more (the denominator had been
     scaled up), by 2^-scale when it is less (the numerator had). The ISA's pseudocode prints 2^32; tinygrad's emulator
     corrects it likewise, and with this the compiler's division is exact, denormals included."""
+
     def fn(a, b, c, vcc):
-        return np.select([vcc & (np.abs(c) >= 1), vcc], [fma(a, b, c, scale), fma(a, b, c, -scale)], fma(a, b, c))
+        return np.select(
+            [vcc & (np.abs(c) >= 1), vcc], [fma(a, b, c, scale), fma(a, b, c, -scale)], fma(a, b, c)
+        )
+
     return fn
 
 
@@ -294,9 +331,17 @@ def div_fixup(q, den, num):
     sign = np.where(np.signbit(den) ^ np.signbit(num), t(-1), t(1))
     inf_d, inf_n, nan = np.isinf(den), np.isinf(num), t(np.nan)
     return np.select(
-        [np.isnan(num), np.isnan(den), ((den == 0) & (num == 0)) | (inf_d & inf_n), (den == 0) | inf_n,
-         inf_d | (num == 0), np.isnan(q)],             # a NaN quotient of finite operands has overflowed
-        [num, den, -nan, sign * t(np.inf), sign * t(0), sign * t(np.inf)], sign * np.abs(q)).astype(t)
+        [
+            np.isnan(num),
+            np.isnan(den),
+            ((den == 0) & (num == 0)) | (inf_d & inf_n),
+            (den == 0) | inf_n,
+            inf_d | (num == 0),
+            np.isnan(q),
+        ],  # a NaN quotient of finite operands has overflowed
+        [num, den, -nan, sign * t(np.inf), sign * t(0), sign * t(np.inf)],
+        sign * np.abs(q),
+    ).astype(t)
 
 
 def cmp_class(x, mask):
@@ -305,9 +350,11 @@ def cmp_class(x, mask):
     info, neg = np.finfo(x.dtype), np.signbit(x)
     bits = np.ascontiguousarray(x).view({2: u16, 4: u32, 8: u64}[x.dtype.itemsize])
     quiet = (bits >> bits.dtype.type(info.nmant - 1)) & bits.dtype.type(1) != 0
-    kind = np.select([np.isnan(x), np.isinf(x), x == 0, np.abs(x) < info.tiny],
-                     [np.where(quiet, 1, 0), np.where(neg, 2, 9), np.where(neg, 5, 6), np.where(neg, 4, 7)],
-                     np.where(neg, 3, 8))
+    kind = np.select(
+        [np.isnan(x), np.isinf(x), x == 0, np.abs(x) < info.tiny],
+        [np.where(quiet, 1, 0), np.where(neg, 2, 9), np.where(neg, 5, 6), np.where(neg, 4, 7)],
+        np.where(neg, 3, 8),
+    )
     return (mask >> kind.astype(mask.dtype)) & mask.dtype.type(1) != 0
 
 
@@ -315,10 +362,11 @@ def bitop3(table):
     def fn(a, b, c):
         t = a.dtype.type
         out = t(0)
-        for i in range(8):                                              # index bits: a is the high one
+        for i in range(8):  # index bits: a is the high one
             if table >> i & 1:
                 out = out | ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c))
         return out + np.zeros_like(a)
+
     return fn
 
 
@@ -339,8 +387,11 @@ def narrow(t):
 
 def sat8(lo, hi):
     def fn(a, b, shift):
-        x, y = (np.clip(v >> (shift & u32(31)).astype(i32), lo, hi).astype(i64) & 0xFF for v in (a, b))
+        x, y = (
+            np.clip(v >> (shift & u32(31)).astype(i32), lo, hi).astype(i64) & 0xFF for v in (a, b)
+        )
         return (x | y << 8).astype(u16)
+
     return fn
 
 
@@ -350,23 +401,31 @@ def sext24(x):
 
 def scc(fn):
     """A scalar operation that sets SCC to `result != 0`."""
+
     def wrapped(*args):
         r = fn(*args)
         return r, r != 0
+
     return wrapped
 
 
 def dot2(a_value):
     """D = a0 b0 + a1 b1 + c over two 16-bit halves, summed exactly and rounded once."""
+
     def fn(a, b, c):
-        p = sum(a_value((a >> s).astype(u16)).astype(f64) * a_value((b >> s).astype(u16)).astype(f64)
-                for s in (u32(0), u32(16)))
+        p = sum(
+            a_value((a >> s).astype(u16)).astype(f64) * a_value((b >> s).astype(u16)).astype(f64)
+            for s in (u32(0), u32(16))
+        )
         return (p + c).astype(f32)
+
     return fn
 
 
 def sad_u8(a, b, c):
-    x, y = (np.ascontiguousarray(v)[..., None].view(u8).astype(i32) for v in np.broadcast_arrays(a, b))
+    x, y = (
+        np.ascontiguousarray(v)[..., None].view(u8).astype(i32) for v in np.broadcast_arrays(a, b)
+    )
     return np.abs(x - y).sum(-1).astype(u32) + c
 
 
@@ -386,19 +445,49 @@ def mulhi(t):
 
 
 # -- vector, 32-bit float
-table("v_", "f32 = f32 f32", add_f32=np.add, sub_f32=np.subtract, subrev_f32=lambda a, b: b - a, mul_f32=np.multiply,
-      max_f32=fmax, min_f32=fmin, mul_legacy_f32=lambda a, b: np.where((a == 0) | (b == 0), f32(0), a * b))
-table("v_", "f32 = f32 f32 f32", fma_f32=fma32, med3_f32=med3,
-      max3_f32=lambda a, b, c: fmax(fmax(a, b), c), min3_f32=lambda a, b, c: fmin(fmin(a, b), c),
-      maximum3_f32=lambda a, b, c: maximum(maximum(a, b), c), minimum3_f32=lambda a, b, c: minimum(minimum(a, b), c),
-      fmamk_f32=lambda a, k, b: fma32(a, k, b), fmaak_f32=fma32, div_fixup_f32=div_fixup)
+table(
+    "v_",
+    "f32 = f32 f32",
+    add_f32=np.add,
+    sub_f32=np.subtract,
+    subrev_f32=lambda a, b: b - a,
+    mul_f32=np.multiply,
+    max_f32=fmax,
+    min_f32=fmin,
+    mul_legacy_f32=lambda a, b: np.where((a == 0) | (b == 0), f32(0), a * b),
+)
+table(
+    "v_",
+    "f32 = f32 f32 f32",
+    fma_f32=fma32,
+    med3_f32=med3,
+    max3_f32=lambda a, b, c: fmax(fmax(a, b), c),
+    min3_f32=lambda a, b, c: fmin(fmin(a, b), c),
+    maximum3_f32=lambda a, b, c: maximum(maximum(a, b), c),
+    minimum3_f32=lambda a, b, c: minimum(minimum(a, b), c),
+    fmamk_f32=lambda a, k, b: fma32(a, k, b),
+    fmaak_f32=fma32,
+    div_fixup_f32=div_fixup,
+)
 table("v_", "f32 = f32 f32 +f32", fmac_f32=fma32)
-table("v_", "f32 = f32", rcp_f32=lambda x: f32(1) / x, rcp_iflag_f32=lambda x: f32(1) / x, sqrt_f32=np.sqrt,
-      rsq_f32=lambda x: (1 / np.sqrt(x.astype(f64))).astype(f32), exp_f32=in64(np.exp2), log_f32=in64(log2),
-      sin_f32=in64(lambda x: np.sin(2 * np.pi * x)), cos_f32=in64(lambda x: np.cos(2 * np.pi * x)),
-      floor_f32=np.floor, ceil_f32=np.ceil, trunc_f32=np.trunc, rndne_f32=np.rint,
-      fract_f32=lambda x: np.minimum(x - np.floor(x), f32(1 - 2.0**-24)),
-      frexp_mant_f32=lambda x: np.where(np.isfinite(x), np.frexp(x)[0], x))
+table(
+    "v_",
+    "f32 = f32",
+    rcp_f32=lambda x: f32(1) / x,
+    rcp_iflag_f32=lambda x: f32(1) / x,
+    sqrt_f32=np.sqrt,
+    rsq_f32=lambda x: (1 / np.sqrt(x.astype(f64))).astype(f32),
+    exp_f32=in64(np.exp2),
+    log_f32=in64(log2),
+    sin_f32=in64(lambda x: np.sin(2 * np.pi * x)),
+    cos_f32=in64(lambda x: np.cos(2 * np.pi * x)),
+    floor_f32=np.floor,
+    ceil_f32=np.ceil,
+    trunc_f32=np.trunc,
+    rndne_f32=np.rint,
+    fract_f32=lambda x: np.minimum(x - np.floor(x), f32(1 - 2.0**-24)),
+    frexp_mant_f32=lambda x: np.where(np.isfinite(x), np.frexp(x)[0], x),
+)
 table("v_", "i32 = f32", frexp_exp_i32_f32=lambda x: np.where(np.isfinite(x), np.frexp(x)[1], 0))
 table("v_", "f32 = f32 i32", ldexp_f32=np.ldexp)
 table("v_", "f32 b1 = f32 f32 f32", div_scale_f32=div_scale(64, 96, 23, 8))
@@ -407,67 +496,194 @@ table("v_", "f32 = f32 f32 f32 vcc", div_fmas_f32=div_fmas(fma32, 64))
 table("v_", "f64 = f64 f64", add_f64=np.add, mul_f64=np.multiply, max_f64=fmax, min_f64=fmin)
 table("v_", "f64 = f64 f64 f64", fma_f64=fma64, div_fixup_f64=div_fixup)
 table("v_", "f64 = f64 f64 +f64", fmac_f64=fma64)
-table("v_", "f64 = f64", rcp_f64=lambda x: 1 / x, rsq_f64=lambda x: 1 / np.sqrt(x), sqrt_f64=np.sqrt,
-      floor_f64=np.floor, ceil_f64=np.ceil, trunc_f64=np.trunc, rndne_f64=np.rint,
-      fract_f64=lambda x: np.minimum(x - np.floor(x), 1 - 2.0**-53),
-      frexp_mant_f64=lambda x: np.where(np.isfinite(x), np.frexp(x)[0], x))
+table(
+    "v_",
+    "f64 = f64",
+    rcp_f64=lambda x: 1 / x,
+    rsq_f64=lambda x: 1 / np.sqrt(x),
+    sqrt_f64=np.sqrt,
+    floor_f64=np.floor,
+    ceil_f64=np.ceil,
+    trunc_f64=np.trunc,
+    rndne_f64=np.rint,
+    fract_f64=lambda x: np.minimum(x - np.floor(x), 1 - 2.0**-53),
+    frexp_mant_f64=lambda x: np.where(np.isfinite(x), np.frexp(x)[0], x),
+)
 table("v_", "i32 = f64", frexp_exp_i32_f64=lambda x: np.where(np.isfinite(x), np.frexp(x)[1], 0))
 table("v_", "f64 = f64 i32", ldexp_f64=np.ldexp)
 table("v_", "f64 b1 = f64 f64 f64", div_scale_f64=div_scale(128, 768, 53, 11))
 table("v_", "f64 = f64 f64 f64 vcc", div_fmas_f64=div_fmas(fma64, 128))
 # -- vector, 16-bit
-table("v_", "f16 = f16 f16", add_f16=np.add, sub_f16=np.subtract, subrev_f16=lambda a, b: b - a, mul_f16=np.multiply,
-      max_f16=fmax, min_f16=fmin)
+table(
+    "v_",
+    "f16 = f16 f16",
+    add_f16=np.add,
+    sub_f16=np.subtract,
+    subrev_f16=lambda a, b: b - a,
+    mul_f16=np.multiply,
+    max_f16=fmax,
+    min_f16=fmin,
+)
 table("v_", "f16 = f16 i16", ldexp_f16=np.ldexp)
-table("v_", "f16 = f16 f16 f16", fma_f16=fma16, div_fixup_f16=div_fixup, med3_f16=med3,
-      max3_f16=lambda a, b, c: fmax(fmax(a, b), c), min3_f16=lambda a, b, c: fmin(fmin(a, b), c))
+table(
+    "v_",
+    "f16 = f16 f16 f16",
+    fma_f16=fma16,
+    div_fixup_f16=div_fixup,
+    med3_f16=med3,
+    max3_f16=lambda a, b, c: fmax(fmax(a, b), c),
+    min3_f16=lambda a, b, c: fmin(fmin(a, b), c),
+)
 table("v_", "f16 = f16 f16 +f16", fmac_f16=fma16)
-table("v_", "f16 = f16", rcp_f16=lambda x: f16(1) / x, sqrt_f16=np.sqrt, floor_f16=np.floor, ceil_f16=np.ceil,
-      trunc_f16=np.trunc, rndne_f16=np.rint, rsq_f16=lambda x: (1 / np.sqrt(x.astype(f64))).astype(f16),
-      exp_f16=lambda x: np.exp2(x.astype(f64)).astype(f16), log_f16=lambda x: np.log2(x.astype(f64)).astype(f16))
-table("v_", "u16 = u16 u16", add_u16=np.add, sub_u16=np.subtract, subrev_u16=lambda a, b: b - a, mul_lo_u16=np.multiply,
-      max_u16=np.maximum, min_u16=np.minimum, lshlrev_b16=lambda a, b: shl(b, a), lshrrev_b16=lambda a, b: shr(b, a))
-table("v_", "i16 = i16 i16", max_i16=np.maximum, min_i16=np.minimum, ashrrev_i16=lambda a, b: shr(b, a),
-      add_i16=np.add, sub_i16=np.subtract)
-table("v_", "u16 = u16 u16 u16", mad_u16=lambda a, b, c: a * b + c, mad_legacy_u16=lambda a, b, c: a * b + c,
-      med3_u16=med3)
+table(
+    "v_",
+    "f16 = f16",
+    rcp_f16=lambda x: f16(1) / x,
+    sqrt_f16=np.sqrt,
+    floor_f16=np.floor,
+    ceil_f16=np.ceil,
+    trunc_f16=np.trunc,
+    rndne_f16=np.rint,
+    rsq_f16=lambda x: (1 / np.sqrt(x.astype(f64))).astype(f16),
+    exp_f16=lambda x: np.exp2(x.astype(f64)).astype(f16),
+    log_f16=lambda x: np.log2(x.astype(f64)).astype(f16),
+)
+table(
+    "v_",
+    "u16 = u16 u16",
+    add_u16=np.add,
+    sub_u16=np.subtract,
+    subrev_u16=lambda a, b: b - a,
+    mul_lo_u16=np.multiply,
+    max_u16=np.maximum,
+    min_u16=np.minimum,
+    lshlrev_b16=lambda a, b: shl(b, a),
+    lshrrev_b16=lambda a, b: shr(b, a),
+)
+table(
+    "v_",
+    "i16 = i16 i16",
+    max_i16=np.maximum,
+    min_i16=np.minimum,
+    ashrrev_i16=lambda a, b: shr(b, a),
+    add_i16=np.add,
+    sub_i16=np.subtract,
+)
+table(
+    "v_",
+    "u16 = u16 u16 u16",
+    mad_u16=lambda a, b, c: a * b + c,
+    mad_legacy_u16=lambda a, b, c: a * b + c,
+    med3_u16=med3,
+)
 table("v_", "i16 = i16 i16 i16", mad_i16=lambda a, b, c: a * b + c, med3_i16=med3)
 # -- vector, integers
-table("v_", "u32 = u32", mov_b32=lambda a: a, not_b32=np.invert, bfrev_b32=reverse_bits, ffbh_u32=first_high,
-      ffbl_b32=first_low, accvgpr_read_b32=lambda a: a, accvgpr_write_b32=lambda a: a, accvgpr_mov_b32=lambda a: a,
-      prng_b32=prng)
+table(
+    "v_",
+    "u32 = u32",
+    mov_b32=lambda a: a,
+    not_b32=np.invert,
+    bfrev_b32=reverse_bits,
+    ffbh_u32=first_high,
+    ffbl_b32=first_low,
+    accvgpr_read_b32=lambda a: a,
+    accvgpr_write_b32=lambda a: a,
+    accvgpr_mov_b32=lambda a: a,
+    prng_b32=prng,
+)
 table("v_", "u32 = i32", ffbh_i32=first_high_signed)
 table("v_", "u64 = u64", mov_b64=lambda a: a)
-table("v_", "u32 = u32 u32", add_u32=np.add, sub_u32=np.subtract, subrev_u32=lambda a, b: b - a, and_b32=np.bitwise_and,
-      or_b32=np.bitwise_or, xor_b32=np.bitwise_xor, xnor_b32=lambda a, b: ~(a ^ b), mul_lo_u32=np.multiply,
-      mul_hi_u32=mulhi(u64), max_u32=np.maximum, min_u32=np.minimum, lshlrev_b32=lambda a, b: shl(b, a),
-      lshrrev_b32=lambda a, b: shr(b, a), bfm_b32=lambda a, b: shl(shl(u32(1), a) - u32(1), b),
-      bcnt_u32_b32=lambda a, b: popcount(a) + b, mul_u32_u24=lambda a, b: (a & u32(0xFFFFFF)) * (b & u32(0xFFFFFF)),
-      mul_hi_u32_u24=lambda a, b: (((a & u32(0xFFFFFF)).astype(u64) * (b & u32(0xFFFFFF))) >> u64(32)).astype(u32))
-table("v_", "i32 = i32 i32", max_i32=np.maximum, min_i32=np.minimum, ashrrev_i32=lambda a, b: shr(b, a),
-      mul_hi_i32=mulhi(i64), mul_i32_i24=lambda a, b: (sext24(a) * sext24(b)).astype(i32), add_i32=np.add,
-      sub_i32=np.subtract)
-table("v_", "u32 = u32 u32 u32", add3_u32=lambda a, b, c: a + b + c, lshl_add_u32=lambda a, b, c: shl(a, b) + c,
-      add_lshl_u32=lambda a, b, c: shl(a + b, c), lshl_or_b32=lambda a, b, c: shl(a, b) | c,
-      and_or_b32=lambda a, b, c: a & b | c, or3_b32=lambda a, b, c: a | b | c, xad_u32=lambda a, b, c: (a ^ b) + c,
-      bfe_u32=bfe, bfi_b32=lambda a, b, c: a & b | ~a & c, perm_b32=perm, max3_u32=lambda a, b, c: np.maximum(
-          np.maximum(a, b), c), min3_u32=lambda a, b, c: np.minimum(np.minimum(a, b), c), med3_u32=med3, sad_u8=sad_u8,
-      alignbit_b32=lambda a, b, c: ((a.astype(u64) << u64(32) | b) >> (c & u32(31)).astype(u64)).astype(u32),
-      alignbyte_b32=lambda a, b, c: ((a.astype(u64) << u64(32) | b) >> (u64(8) * (c & u32(3)))).astype(u32),
-      mad_u32_u24=lambda a, b, c: (a & u32(0xFFFFFF)) * (b & u32(0xFFFFFF)) + c)
+table(
+    "v_",
+    "u32 = u32 u32",
+    add_u32=np.add,
+    sub_u32=np.subtract,
+    subrev_u32=lambda a, b: b - a,
+    and_b32=np.bitwise_and,
+    or_b32=np.bitwise_or,
+    xor_b32=np.bitwise_xor,
+    xnor_b32=lambda a, b: ~(a ^ b),
+    mul_lo_u32=np.multiply,
+    mul_hi_u32=mulhi(u64),
+    max_u32=np.maximum,
+    min_u32=np.minimum,
+    lshlrev_b32=lambda a, b: shl(b, a),
+    lshrrev_b32=lambda a, b: shr(b, a),
+    bfm_b32=lambda a, b: shl(shl(u32(1), a) - u32(1), b),
+    bcnt_u32_b32=lambda a, b: popcount(a) + b,
+    mul_u32_u24=lambda a, b: (a & u32(0xFFFFFF)) * (b & u32(0xFFFFFF)),
+    mul_hi_u32_u24=lambda a, b: (
+        ((a & u32(0xFFFFFF)).astype(u64) * (b & u32(0xFFFFFF))) >> u64(32)
+    ).astype(u32),
+)
+table(
+    "v_",
+    "i32 = i32 i32",
+    max_i32=np.maximum,
+    min_i32=np.minimum,
+    ashrrev_i32=lambda a, b: shr(b, a),
+    mul_hi_i32=mulhi(i64),
+    mul_i32_i24=lambda a, b: (sext24(a) * sext24(b)).astype(i32),
+    add_i32=np.add,
+    sub_i32=np.subtract,
+)
+table(
+    "v_",
+    "u32 = u32 u32 u32",
+    add3_u32=lambda a, b, c: a + b + c,
+    lshl_add_u32=lambda a, b, c: shl(a, b) + c,
+    add_lshl_u32=lambda a, b, c: shl(a + b, c),
+    lshl_or_b32=lambda a, b, c: shl(a, b) | c,
+    and_or_b32=lambda a, b, c: a & b | c,
+    or3_b32=lambda a, b, c: a | b | c,
+    xad_u32=lambda a, b, c: (a ^ b) + c,
+    bfe_u32=bfe,
+    bfi_b32=lambda a, b, c: a & b | ~a & c,
+    perm_b32=perm,
+    max3_u32=lambda a, b, c: np.maximum(np.maximum(a, b), c),
+    min3_u32=lambda a, b, c: np.minimum(np.minimum(a, b), c),
+    med3_u32=med3,
+    sad_u8=sad_u8,
+    alignbit_b32=lambda a, b, c: (
+        (a.astype(u64) << u64(32) | b) >> (c & u32(31)).astype(u64)
+    ).astype(u32),
+    alignbyte_b32=lambda a, b, c: (
+        (a.astype(u64) << u64(32) | b) >> (u64(8) * (c & u32(3)))
+    ).astype(u32),
+    mad_u32_u24=lambda a, b, c: (a & u32(0xFFFFFF)) * (b & u32(0xFFFFFF)) + c,
+)
 table("v_", "i32 = i32 u32 u32", bfe_i32=bfe)
-table("v_", "i32 = i32 i32 i32", max3_i32=lambda a, b, c: np.maximum(np.maximum(a, b), c), med3_i32=med3,
-      min3_i32=lambda a, b, c: np.minimum(np.minimum(a, b), c),
-      mad_i32_i24=lambda a, b, c: (sext24(a) * sext24(b)).astype(i32) + c)
+table(
+    "v_",
+    "i32 = i32 i32 i32",
+    max3_i32=lambda a, b, c: np.maximum(np.maximum(a, b), c),
+    med3_i32=med3,
+    min3_i32=lambda a, b, c: np.minimum(np.minimum(a, b), c),
+    mad_i32_i24=lambda a, b, c: (sext24(a) * sext24(b)).astype(i32) + c,
+)
 table("v_", "u32 = u16 u16 u32", mad_u32_u16=lambda a, b, c: a.astype(u32) * b.astype(u32) + c)
 table("v_", "i32 = i16 i16 i32", mad_i32_i16=lambda a, b, c: a.astype(i32) * b.astype(i32) + c)
-table("v_", "u32 b1 = u32 u32", add_co_u32=add_carry, sub_co_u32=sub_borrow,
-      subrev_co_u32=lambda a, b: sub_borrow(b, a))
-table("v_", "u32 b1 = u32 u32 b1", addc_co_u32=add_carry, subb_co_u32=sub_borrow,
-      subbrev_co_u32=lambda a, b, c: sub_borrow(b, a, c))
+table(
+    "v_",
+    "u32 b1 = u32 u32",
+    add_co_u32=add_carry,
+    sub_co_u32=sub_borrow,
+    subrev_co_u32=lambda a, b: sub_borrow(b, a),
+)
+table(
+    "v_",
+    "u32 b1 = u32 u32 b1",
+    addc_co_u32=add_carry,
+    subb_co_u32=sub_borrow,
+    subbrev_co_u32=lambda a, b, c: sub_borrow(b, a, c),
+)
 table("v_", "u32 = u32 u32 b1", cndmask_b32=lambda a, b, c: np.where(c, b, a))
-table("v_", "u64 = u32 u64", lshlrev_b64=lambda a, b: shl(b, a.astype(u64)),
-      lshrrev_b64=lambda a, b: shr(b, a.astype(u64)))
+table(
+    "v_",
+    "u64 = u32 u64",
+    lshlrev_b64=lambda a, b: shl(b, a.astype(u64)),
+    lshrrev_b64=lambda a, b: shr(b, a.astype(u64)),
+)
 table("v_", "i64 = u32 i64", ashrrev_i64=lambda a, b: shr(b, a.astype(i64)))
 table("v_", "u64 = u64 u32 u64", lshl_add_u64=lambda a, b, c: shl(a, b.astype(u64)) + c)
 table("v_", "u64 b1 = u32 u32 u64", mad_u64_u32=mad64(u64))
@@ -482,95 +698,217 @@ for _t in ("i16", "u16"):
     table("v_", f"{_t} = f16", **{f"cvt_{_t}_f16": to_int(NUMPY[_t])})
     table("v_", f"f16 = {_t}", **{f"cvt_f16_{_t}": lambda x: x.astype(f16)})
 for _i in range(4):
-    table("v_", "f32 = u32", **{f"cvt_f32_ubyte{_i}": lambda x, i=_i: ((x >> u32(8 * i)) & u32(0xFF)).astype(f32)})
+    table(
+        "v_",
+        "f32 = u32",
+        **{f"cvt_f32_ubyte{_i}": lambda x, i=_i: ((x >> u32(8 * i)) & u32(0xFF)).astype(f32)},
+    )
 table("v_", "f16 = f32", cvt_f16_f32=lambda x: x.astype(f16))
 table("v_", "f32 = f16", cvt_f32_f16=lambda x: x.astype(f32))
 table("v_", "f64 = f32", cvt_f64_f32=lambda x: x.astype(f64))
 table("v_", "f32 = f64", cvt_f32_f64=lambda x: x.astype(f32))
 table("v_", "f32 = u16", cvt_f32_bf16=bf16_value)
-table("v_", "u32 = f32 f32", cvt_pk_bf16_f32=lambda a, b: pack16(bf16_bits(a), bf16_bits(b)),
-      cvt_pk_f16_f32=lambda a, b: pack16(a.astype(f16).view(u16), b.astype(f16).view(u16)))
+table(
+    "v_",
+    "u32 = f32 f32",
+    cvt_pk_bf16_f32=lambda a, b: pack16(bf16_bits(a), bf16_bits(b)),
+    cvt_pk_f16_f32=lambda a, b: pack16(a.astype(f16).view(u16), b.astype(f16).view(u16)),
+)
 table("v_", "u32 = u32 u32", cvt_pk_u16_u32=lambda a, b: pack16(narrow(u16)(a), narrow(u16)(b)))
 table("v_", "u32 = i32 i32", cvt_pk_i16_i32=lambda a, b: pack16(narrow(i16)(a), narrow(i16)(b)))
 table("v_", "u32 = u16 u16", pack_b32_f16=pack16)
 table("v_", "u16 = i32 i32 u32", ashr_pk_i8_i32=sat8(-128, 127), ashr_pk_u8_i32=sat8(0, 255))
-table("v_", "f32 = u32 u32 f32", dot2_f32_f16=dot2(lambda b: b.view(f16)), dot2_f32_bf16=dot2(bf16_value))
-table("v_", "f32 = u32 u32 +f32", dot2c_f32_f16=dot2(lambda b: b.view(f16)), dot2c_f32_bf16=dot2(bf16_value))
+table(
+    "v_",
+    "f32 = u32 u32 f32",
+    dot2_f32_f16=dot2(lambda b: b.view(f16)),
+    dot2_f32_bf16=dot2(bf16_value),
+)
+table(
+    "v_",
+    "f32 = u32 u32 +f32",
+    dot2c_f32_f16=dot2(lambda b: b.view(f16)),
+    dot2c_f32_bf16=dot2(bf16_value),
+)
 # -- vector, comparisons
-COMPARE = {"lt": np.less, "eq": np.equal, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-           "lg": lambda a, b: (a < b) | (a > b), "ne": np.not_equal, "o": lambda a, b: (a == a) & (b == b),
-           "u": lambda a, b: (a != a) | (b != b), "nge": lambda a, b: ~(a >= b),
-           "nlg": lambda a, b: ~((a < b) | (a > b)),
-           "ngt": lambda a, b: ~(a > b), "nle": lambda a, b: ~(a <= b), "neq": np.not_equal,
-           "nlt": lambda a, b: ~(a < b)}
+COMPARE = {
+    "lt": np.less,
+    "eq": np.equal,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "lg": lambda a, b: (a < b) | (a > b),
+    "ne": np.not_equal,
+    "o": lambda a, b: (a == a) & (b == b),
+    "u": lambda a, b: (a != a) | (b != b),
+    "nge": lambda a, b: ~(a >= b),
+    "nlg": lambda a, b: ~((a < b) | (a > b)),
+    "ngt": lambda a, b: ~(a > b),
+    "nle": lambda a, b: ~(a <= b),
+    "neq": np.not_equal,
+    "nlt": lambda a, b: ~(a < b),
+}
 for _t in ("i16", "u16", "f16", "i32", "u32", "f32", "i64", "u64", "f64"):
     for _c, _f in COMPARE.items():
         table("v_", f"b1 = {_t} {_t}", **{f"cmp_{_c}_{_t}": _f})
-        table("v_", f"b1 exec = {_t} {_t}", **{f"cmpx_{_c}_{_t}": lambda a, b, f=_f: (f(a, b),) * 2})
+        table(
+            "v_", f"b1 exec = {_t} {_t}", **{f"cmpx_{_c}_{_t}": lambda a, b, f=_f: (f(a, b),) * 2}
+        )
 for _t in ("f16", "f32", "f64"):
     table("v_", f"b1 = {_t} u32", **{f"cmp_class_{_t}": cmp_class})
 # -- scalar
-table("s_", "u32 = u32", mov_b32=lambda a: a, brev_b32=reverse_bits, movk_i32=lambda a: a, ff1_i32_b32=first_low,
-      flbit_i32_b32=first_high)
+table(
+    "s_",
+    "u32 = u32",
+    mov_b32=lambda a: a,
+    brev_b32=reverse_bits,
+    movk_i32=lambda a: a,
+    ff1_i32_b32=first_low,
+    flbit_i32_b32=first_high,
+)
 table("s_", "u64 = u64", mov_b64=lambda a: a, brev_b64=reverse_bits)
 table("s_", "u32 = u64", ff1_i32_b64=first_low, flbit_i32_b64=first_high)
 table("s_", "u32 = i32", flbit_i32=first_high_signed)
-table("s_", "i32 = u32", sext_i32_i8=lambda a: a.astype(i8).astype(i32),
-      sext_i32_i16=lambda a: a.astype(i16).astype(i32))
+table(
+    "s_",
+    "i32 = u32",
+    sext_i32_i8=lambda a: a.astype(i8).astype(i32),
+    sext_i32_i16=lambda a: a.astype(i16).astype(i32),
+)
 table("s_", "u32 scc = u32", not_b32=scc(np.invert), bcnt1_i32_b32=scc(popcount))
 table("s_", "u64 scc = u64", not_b64=scc(np.invert))
 table("s_", "u32 scc = u64", bcnt1_i32_b64=scc(popcount))
 table("s_", "i32 scc = i32", abs_i32=scc(np.abs))
 for _t in ("u32", "u64"):
     _b = {"u32": "b32", "u64": "b64"}[_t]
-    table("s_", f"{_t} scc = {_t} {_t}", **{
-        f"and_{_b}": scc(np.bitwise_and), f"or_{_b}": scc(np.bitwise_or), f"xor_{_b}": scc(np.bitwise_xor),
-        f"andn2_{_b}": scc(lambda a, b: a & ~b), f"orn2_{_b}": scc(lambda a, b: a | ~b),
-        f"nand_{_b}": scc(lambda a, b: ~(a & b)), f"nor_{_b}": scc(lambda a, b: ~(a | b)),
-        f"xnor_{_b}": scc(lambda a, b: ~(a ^ b))})
+    table(
+        "s_",
+        f"{_t} scc = {_t} {_t}",
+        **{
+            f"and_{_b}": scc(np.bitwise_and),
+            f"or_{_b}": scc(np.bitwise_or),
+            f"xor_{_b}": scc(np.bitwise_xor),
+            f"andn2_{_b}": scc(lambda a, b: a & ~b),
+            f"orn2_{_b}": scc(lambda a, b: a | ~b),
+            f"nand_{_b}": scc(lambda a, b: ~(a & b)),
+            f"nor_{_b}": scc(lambda a, b: ~(a | b)),
+            f"xnor_{_b}": scc(lambda a, b: ~(a ^ b)),
+        },
+    )
     table("s_", f"{_t} = {_t} {_t} scc", **{f"cselect_{_b}": lambda a, b, c: np.where(c, a, b)})
-    table("s_", f"{_t} scc = {_t} u32", **{f"lshl_{_b}": scc(lambda a, b: shl(a, b.astype(a.dtype))),
-                                          f"lshr_{_b}": scc(lambda a, b: shr(a, b.astype(a.dtype)))})
-table("s_", "i32 scc = i32 i32", ashr_i32=scc(lambda a, b: shr(a, b)), add_i32=signed_overflow(np.add),
-      sub_i32=signed_overflow(np.subtract), min_i32=lambda a, b: (np.minimum(a, b), a < b),
-      max_i32=lambda a, b: (np.maximum(a, b), a > b))
+    table(
+        "s_",
+        f"{_t} scc = {_t} u32",
+        **{
+            f"lshl_{_b}": scc(lambda a, b: shl(a, b.astype(a.dtype))),
+            f"lshr_{_b}": scc(lambda a, b: shr(a, b.astype(a.dtype))),
+        },
+    )
+table(
+    "s_",
+    "i32 scc = i32 i32",
+    ashr_i32=scc(lambda a, b: shr(a, b)),
+    add_i32=signed_overflow(np.add),
+    sub_i32=signed_overflow(np.subtract),
+    min_i32=lambda a, b: (np.minimum(a, b), a < b),
+    max_i32=lambda a, b: (np.maximum(a, b), a > b),
+)
 table("s_", "i64 scc = i64 u32", ashr_i64=scc(lambda a, b: shr(a, b.astype(i64))))
-table("s_", "u32 scc = u32 u32", add_u32=add_carry, sub_u32=sub_borrow, min_u32=lambda a, b: (np.minimum(a, b), a < b),
-      max_u32=lambda a, b: (np.maximum(a, b), a > b), bfe_u32=scc(s_bfe))
+table(
+    "s_",
+    "u32 scc = u32 u32",
+    add_u32=add_carry,
+    sub_u32=sub_borrow,
+    min_u32=lambda a, b: (np.minimum(a, b), a < b),
+    max_u32=lambda a, b: (np.maximum(a, b), a > b),
+    bfe_u32=scc(s_bfe),
+)
 table("s_", "u32 scc = u32 u32 scc", addc_u32=add_carry, subb_u32=sub_borrow)
 table("s_", "i32 scc = i32 u32", bfe_i32=scc(s_bfe))
 table("s_", "u64 scc = u64 u32", bfe_u64=scc(s_bfe))
 table("s_", "i32 = i32 i32", mul_i32=np.multiply, mul_hi_i32=mulhi(i64))
-table("s_", "u32 = u32 u32", mul_hi_u32=mulhi(u64), pack_ll_b32_b16=pack16,
-      pack_lh_b32_b16=lambda a, b: (a & u32(0xFFFF)) | (b & u32(0xFFFF0000)),
-      pack_hh_b32_b16=lambda a, b: a >> u32(16) | (b & u32(0xFFFF0000)),
-      bfm_b32=lambda a, b: shl(shl(u32(1), a) - u32(1), b))
+table(
+    "s_",
+    "u32 = u32 u32",
+    mul_hi_u32=mulhi(u64),
+    pack_ll_b32_b16=pack16,
+    pack_lh_b32_b16=lambda a, b: (a & u32(0xFFFF)) | (b & u32(0xFFFF0000)),
+    pack_hh_b32_b16=lambda a, b: a >> u32(16) | (b & u32(0xFFFF0000)),
+    bfm_b32=lambda a, b: shl(shl(u32(1), a) - u32(1), b),
+)
 table("s_", "i32 scc = +i32 i32", addk_i32=signed_overflow(np.add))
 table("s_", "i32 = +i32 i32", mulk_i32=np.multiply)
 for _i in range(1, 5):
-    table("s_", "u32 scc = u32 u32", **{f"lshl{_i}_add_u32": lambda a, b, i=_i: (
-        lambda r: (r.astype(u32), r >> u64(32) != 0))((a.astype(u64) << u64(i)) + b)})
+    table(
+        "s_",
+        "u32 scc = u32 u32",
+        **{
+            f"lshl{_i}_add_u32": lambda a, b, i=_i: (lambda r: (r.astype(u32), r >> u64(32) != 0))(
+                (a.astype(u64) << u64(i)) + b
+            )
+        },
+    )
 for _t in ("i32", "u32", "u64"):
     for _c in ("eq", "lg", "gt", "ge", "lt", "le"):
-        table("s_", f"scc = {_t} {_t}", **{f"cmp_{_c}_{_t}": COMPARE[_c], f"cmpk_{_c}_{_t}": COMPARE[_c]})
-table("s_", "scc = u32 u32", bitcmp1_b32=lambda a, b: shr(a, b) & u32(1) != 0,
-      bitcmp0_b32=lambda a, b: shr(a, b) & u32(1) == 0)
-table("s_", "scc = u64 u32", bitcmp1_b64=lambda a, b: shr(a, b.astype(u64)) & u64(1) != 0,
-      bitcmp0_b64=lambda a, b: shr(a, b.astype(u64)) & u64(1) == 0)
-table("s_", "u32 = +u32 u32", bitset1_b32=lambda d, a: d | u32(1) << (a & u32(31)),
-      bitset0_b32=lambda d, a: d & ~(u32(1) << (a & u32(31))))
-for _n, _f in {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "andn2": lambda s, e: s & ~e}.items():
-    table("s_", "u64 exec64 scc = u64 exec64", **{f"{_n}_saveexec_b64": lambda s, e, f=_f: (e, f(s, e), f(s, e) != 0)})
+        table(
+            "s_",
+            f"scc = {_t} {_t}",
+            **{f"cmp_{_c}_{_t}": COMPARE[_c], f"cmpk_{_c}_{_t}": COMPARE[_c]},
+        )
+table(
+    "s_",
+    "scc = u32 u32",
+    bitcmp1_b32=lambda a, b: shr(a, b) & u32(1) != 0,
+    bitcmp0_b32=lambda a, b: shr(a, b) & u32(1) == 0,
+)
+table(
+    "s_",
+    "scc = u64 u32",
+    bitcmp1_b64=lambda a, b: shr(a, b.astype(u64)) & u64(1) != 0,
+    bitcmp0_b64=lambda a, b: shr(a, b.astype(u64)) & u64(1) == 0,
+)
+table(
+    "s_",
+    "u32 = +u32 u32",
+    bitset1_b32=lambda d, a: d | u32(1) << (a & u32(31)),
+    bitset0_b32=lambda d, a: d & ~(u32(1) << (a & u32(31))),
+)
+for _n, _f in {
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "andn2": lambda s, e: s & ~e,
+}.items():
+    table(
+        "s_",
+        "u64 exec64 scc = u64 exec64",
+        **{f"{_n}_saveexec_b64": lambda s, e, f=_f: (e, f(s, e), f(s, e) != 0)},
+    )
 
 # -- packed: both halves of a 32-bit register (or of a register pair for f32) at once
-PACKED = {"add_f16": ("f16", 2, np.add), "mul_f16": ("f16", 2, np.multiply), "max_f16": ("f16", 2, fmax),
-          "min_f16": ("f16", 2, fmin), "fma_f16": ("f16", 3, fma16), "add_u16": ("u16", 2, np.add),
-          "sub_u16": ("u16", 2, np.subtract), "mul_lo_u16": ("u16", 2, np.multiply), "max_u16": ("u16", 2, np.maximum),
-          "min_u16": ("u16", 2, np.minimum), "add_i16": ("i16", 2, np.add), "sub_i16": ("i16", 2, np.subtract),
-          "max_i16": ("i16", 2, np.maximum), "min_i16": ("i16", 2, np.minimum),
-          "mad_u16": ("u16", 3, lambda a, b, c: a * b + c), "mad_i16": ("i16", 3, lambda a, b, c: a * b + c),
-          "lshlrev_b16": ("u16", 2, lambda a, b: shl(b, a)), "lshrrev_b16": ("u16", 2, lambda a, b: shr(b, a)),
-          "ashrrev_i16": ("i16", 2, lambda a, b: shr(b, a)), "add_f32": ("f32", 2, np.add),
-          "mul_f32": ("f32", 2, np.multiply), "fma_f32": ("f32", 3, fma32),
-          "maximum3_f16": ("f16", 3, lambda a, b, c: maximum(maximum(a, b), c)),
-          "minimum3_f16": ("f16", 3, lambda a, b, c: minimum(minimum(a, b), c))}
+PACKED = {
+    "add_f16": ("f16", 2, np.add),
+    "mul_f16": ("f16", 2, np.multiply),
+    "max_f16": ("f16", 2, fmax),
+    "min_f16": ("f16", 2, fmin),
+    "fma_f16": ("f16", 3, fma16),
+    "add_u16": ("u16", 2, np.add),
+    "sub_u16": ("u16", 2, np.subtract),
+    "mul_lo_u16": ("u16", 2, np.multiply),
+    "max_u16": ("u16", 2, np.maximum),
+    "min_u16": ("u16", 2, np.minimum),
+    "add_i16": ("i16", 2, np.add),
+    "sub_i16": ("i16", 2, np.subtract),
+    "max_i16": ("i16", 2, np.maximum),
+    "min_i16": ("i16", 2, np.minimum),
+    "mad_u16": ("u16", 3, lambda a, b, c: a * b + c),
+    "mad_i16": ("i16", 3, lambda a, b, c: a * b + c),
+    "lshlrev_b16": ("u16", 2, lambda a, b: shl(b, a)),
+    "lshrrev_b16": ("u16", 2, lambda a, b: shr(b, a)),
+    "ashrrev_i16": ("i16", 2, lambda a, b: shr(b, a)),
+    "add_f32": ("f32", 2, np.add),
+    "mul_f32": ("f32", 2, np.multiply),
+    "fma_f32": ("f32", 3, fma32),
+    "maximum3_f16": ("f16", 3, lambda a, b, c: maximum(maximum(a, b), c)),
+    "minimum3_f16": ("f16", 3, lambda a, b, c: minimum(minimum(a, b), c)),
+}

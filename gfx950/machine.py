@@ -2,6 +2,7 @@
 
 A `Machine` holds one slice of the grid: as many workgroups as fit the memory budget, all resident at once.
 """
+
 import re
 
 import numpy as np
@@ -11,10 +12,10 @@ from .asm import EXEC, SGPR_BIT
 from .isa import ALU, i32, i64, u32, u64
 
 RUNNING, AT_BARRIER, ENDED = 0, 1, 2
-BARRIER, END = object(), object()                 # what a control instruction returns besides a program counter
-SPIN = 64                                         # backward jumps after which waves let the others go first
-MAX_WAVES = 512                                   # of a slice: enough to drown numpy's overhead, few enough for cache
-SLICE_BYTES = 1 << 29                             # registers and LDS of a slice
+BARRIER, END = object(), object()  # what a control instruction returns besides a program counter
+SPIN = 64  # backward jumps after which waves let the others go first
+MAX_WAVES = 512  # of a slice: enough to drown numpy's overhead, few enough for cache
+SLICE_BYTES = 1 << 29  # registers and LDS of a slice
 
 
 class GPUFault(Exception):
@@ -23,6 +24,7 @@ class GPUFault(Exception):
 
 class Group:
     """Waves `ids` of a machine; `g` indexes them in register arrays (a slice where it can, so that reads are views)."""
+
     __slots__ = ("m", "ids", "g", "n", "mask", "member", "view")
 
     def __init__(self, m, ids):
@@ -81,8 +83,11 @@ def branch(ins):
         return lambda w: target
     what, truth = re.fullmatch(r"s_cbranch_(scc|vcc|exec)(z|nz|0|1)", ins.op).groups()
     nonzero = truth in ("nz", "1")
-    read = {"scc": lambda w: w.scc()[:, 0], "vcc": lambda w: w.s64(decode.VCC)[:, 0] != 0,
-            "exec": lambda w: w.s64(EXEC)[:, 0] != 0}[what]
+    read = {
+        "scc": lambda w: w.scc()[:, 0],
+        "vcc": lambda w: w.s64(decode.VCC)[:, 0] != 0,
+        "exec": lambda w: w.s64(EXEC)[:, 0] != 0,
+    }[what]
 
     def run(w):
         taken = read(w) == nonzero
@@ -91,6 +96,7 @@ def branch(ins):
         if not taken.any():
             return None
         return np.where(taken, target, ins.pc + 1)
+
     return run
 
 
@@ -104,32 +110,64 @@ def waitcnt(ins):
             w.m.ds.wait(w, lgkm)
             if lgkm == 0:
                 w.m.smem.wait(w, 0)
+
     return run
 
 
 def clock(ins):
     def run(w):
         w.set_s64(ins.operands[0].index, np.uint64(w.m.counts.sum()))
+
     return run
 
 
-CONTROL = {"s_barrier": lambda ins: lambda w: BARRIER, "s_endpgm": lambda ins: lambda w: END, "s_waitcnt": waitcnt,
-           "s_branch": branch, "s_memtime": clock, "s_memrealtime": clock}
+CONTROL = {
+    "s_barrier": lambda ins: lambda w: BARRIER,
+    "s_endpgm": lambda ins: lambda w: END,
+    "s_waitcnt": waitcnt,
+    "s_branch": branch,
+    "s_memtime": clock,
+    "s_memrealtime": clock,
+}
 CONTROL |= {f"s_cbranch_{c}": branch for c in ("scc0", "scc1", "vccz", "vccnz", "execz", "execnz")}
 
 
 SDWA = {"dst_sel", "dst_unused", "src0_sel", "src1_sel"}
-DPP = {"quad_perm", "row_shl", "row_shr", "row_ror", "row_mirror", "row_half_mirror", "row_bcast", "row_newbcast",
-       "wave_shl", "wave_shr", "wave_rol", "wave_ror", "row_mask", "bank_mask", "bound_ctrl"}
-MODIFIERS = [(re.compile(pattern), known) for pattern, known in (           # what the handlers look at; first match
-    (r"v_mfma_.*", {"op_sel", "op_sel_hi", "cbsz", "blgp", "abid"}), (r"v_pk_mov_b32", {"op_sel", "op_sel_hi"}),
-    (r"v_pk_.*", {"op_sel", "op_sel_hi", "neg_lo", "neg_hi", "clamp"}),
-    (r"v_fma_mix.*", {"op_sel", "op_sel_hi", "clamp"}), (r"v_bitop3_.*", {"bitop3"}),
-    (r"v_cvt_(scalef32_)?(pk_)?\w+_(fp8|bf8|fp4)", {"op_sel", "src0_sel"}),
-    (r"v_cvt_(scalef32_)?pk_(fp8|bf8|fp4)_.*", {"op_sel"}), (r"v_.*", {"op_sel", "clamp", "mul", "div"} | SDWA | DPP),
-    (r"ds_.*", {"offset", "offset0", "offset1"}), (r"s_waitcnt", {"vmcnt", "lgkmcnt", "expcnt"}),
-    (r"s_(buffer_)?load_.*", {"offset", "glc"}), (r"s_.*", set()),
-    (r".*", {"offset", "offen", "idxen", "lds", "sc0", "sc1", "nt"}))]  # sc0: also return old values
+DPP = {
+    "quad_perm",
+    "row_shl",
+    "row_shr",
+    "row_ror",
+    "row_mirror",
+    "row_half_mirror",
+    "row_bcast",
+    "row_newbcast",
+    "wave_shl",
+    "wave_shr",
+    "wave_rol",
+    "wave_ror",
+    "row_mask",
+    "bank_mask",
+    "bound_ctrl",
+}
+MODIFIERS = [
+    (re.compile(pattern), known)
+    for pattern, known in (  # what the handlers look at; first match
+        (r"v_mfma_.*", {"op_sel", "op_sel_hi", "cbsz", "blgp", "abid"}),
+        (r"v_pk_mov_b32", {"op_sel", "op_sel_hi"}),
+        (r"v_pk_.*", {"op_sel", "op_sel_hi", "neg_lo", "neg_hi", "clamp"}),
+        (r"v_fma_mix.*", {"op_sel", "op_sel_hi", "clamp"}),
+        (r"v_bitop3_.*", {"bitop3"}),
+        (r"v_cvt_(scalef32_)?(pk_)?\w+_(fp8|bf8|fp4)", {"op_sel", "src0_sel"}),
+        (r"v_cvt_(scalef32_)?pk_(fp8|bf8|fp4)_.*", {"op_sel"}),
+        (r"v_.*", {"op_sel", "clamp", "mul", "div"} | SDWA | DPP),
+        (r"ds_.*", {"offset", "offset0", "offset1"}),
+        (r"s_waitcnt", {"vmcnt", "lgkmcnt", "expcnt"}),
+        (r"s_(buffer_)?load_.*", {"offset", "glc"}),
+        (r"s_.*", set()),
+        (r".*", {"offset", "offen", "idxen", "lds", "sc0", "sc1", "nt"}),
+    )
+]  # sc0: also return old values
 
 
 def build(ins):
@@ -152,9 +190,11 @@ def build(ins):
 
 def first_run(ins):
     """Decodes at first execution, so that a path never taken may hold anything."""
+
     def run(w):
         ins.run = build(ins)
         return ins.run(w)
+
     return run
 
 
@@ -176,27 +216,53 @@ class Machine:
     arrays, an element per instruction, of wave-instructions, LDS cycles and bank-conflict cycles. traced: a workgroup,
     the instruction numbers of whose first wave go to the list `trace`."""
 
-    def __init__(self, program, spans, kernarg, grid, num_warps, lds_size, timing, schedule, rng, counters,
-                 traced=None):
-        self.program, self.code, self.timing, self.schedule, self.rng = program, program.code, timing, schedule, rng
-        self.grid, self.num_warps, self.lds_size, self.spans, self.kernarg = grid, num_warps, lds_size, spans, kernarg
+    def __init__(
+        self,
+        program,
+        spans,
+        kernarg,
+        grid,
+        num_warps,
+        lds_size,
+        timing,
+        schedule,
+        rng,
+        counters,
+        traced=None,
+    ):
+        self.program, self.code, self.timing, self.schedule, self.rng = (
+            program,
+            program.code,
+            timing,
+            schedule,
+            rng,
+        )
+        self.grid, self.num_warps, self.lds_size, self.spans, self.kernarg = (
+            grid,
+            num_warps,
+            lds_size,
+            spans,
+            kernarg,
+        )
         d = program.directives
         self.scratch_size = d.get("private_segment_fixed_size", 0)
         self.registers = program.accum_offset + d.get("agpr_count", 0)
         self.counts, self.lds_cycles, self.conflict_cycles = counters
         self.peak_inflight, self.unwritten_reads, self.conflicts = 0, 0, {}
         self.traced, self.trace = traced, []
-        self.leader = int(rng.integers(num_warps))    # the wave that runs ahead under "skew"
+        self.leader = int(rng.integers(num_warps))  # the wave that runs ahead under "skew"
 
     def run(self):
         total = int(np.prod(self.grid))
         wave_bytes = self.registers * 256 + self.scratch_size * 64 + 2048
-        group_bytes = self.num_warps * wave_bytes + self.lds_size * (2 + 17 // self.program.lds_unit)
+        group_bytes = self.num_warps * wave_bytes + self.lds_size * (
+            2 + 17 // self.program.lds_unit
+        )
         per_slice = max(1, min(total, MAX_WAVES // self.num_warps, SLICE_BYTES // group_bytes))
         order = self.rng.permutation(total) if self.schedule == "random" else np.arange(total)
         with np.errstate(all="ignore"):
             for start in range(0, total, per_slice):
-                self.start(order[start:start + per_slice])
+                self.start(order[start : start + per_slice])
                 while self.step():
                     pass
 
@@ -213,20 +279,33 @@ class Machine:
         self.scc = np.zeros(n, bool)
         self.pc, self.state, self.jumps = np.zeros(n, i64), np.zeros(n, np.int8), np.zeros(n, i64)
         self.inflight, self.pending = np.zeros(n, i64), 0
-        self.mode = 0                                 # MODE beyond IEEE defaults; all waves of a kernel set it alike
+        self.mode = 0  # MODE beyond IEEE defaults; all waves of a kernel set it alike
         self.vm, self.ds, self.smem = memory.Queue(self), memory.Queue(self), memory.Queue(self)
         self.lds = memory.LDS(self, max(self.lds_size, 4), len(workgroups), self.program.lds_unit)
         spans = [*self.spans]
         if self.scratch_size:
             self.scratch_base = 1 << 56
-            spans.append(memory.Span("scratch", self.scratch_base, np.full(n * 64 * self.scratch_size, 0xFF, np.uint8)))
+            spans.append(
+                memory.Span(
+                    "scratch",
+                    self.scratch_base,
+                    np.full(n * 64 * self.scratch_size, 0xFF, np.uint8),
+                )
+            )
         self.memory = memory.Memory(spans)
 
-        self.vector[0][:] = (self.wave_of[:, None] * 64 + np.arange(64)).astype(u32)     # work-item id x; y = z = 0
-        first = 2 * (d.get("user_sgpr_dispatch_ptr", 0) + d.get("user_sgpr_queue_ptr", 0))   # those two stay poison
-        self.scalar[first][:], self.scalar[first + 1][:] = self.kernarg & 0xFFFFFFFF, self.kernarg >> 32
+        self.vector[0][:] = (self.wave_of[:, None] * 64 + np.arange(64)).astype(
+            u32
+        )  # work-item id x; y = z = 0
+        first = 2 * (
+            d.get("user_sgpr_dispatch_ptr", 0) + d.get("user_sgpr_queue_ptr", 0)
+        )  # those two stay poison
+        self.scalar[first][:], self.scalar[first + 1][:] = (
+            self.kernarg & 0xFFFFFFFF,
+            self.kernarg >> 32,
+        )
         next_s = d["user_sgpr_count"]
-        ids = np.unravel_index(workgroups, self.grid[::-1])[::-1]                        # x runs fastest
+        ids = np.unravel_index(workgroups, self.grid[::-1])[::-1]  # x runs fastest
         for axis in range(3):
             if d[f"system_sgpr_workgroup_id_{'xyz'[axis]}"]:
                 self.scalar[next_s][:] = ids[axis][self.group_of]
@@ -254,7 +333,7 @@ class Machine:
         able = self.state == RUNNING
         if not able.any():
             return False
-        if self.schedule == "random":                 # some of the waves at a random place, for a random while
+        if self.schedule == "random":  # some of the waves at a random place, for a random while
             pc = int(self.pc[self.rng.choice(np.flatnonzero(able))])
             ids = np.flatnonzero(able & (self.pc == pc))
             ids = ids[self.rng.random(len(ids)) < self.rng.uniform(0.1, 1.0)]
@@ -264,11 +343,13 @@ class Machine:
         turn = self.jumps // SPIN
         first = able & (turn == turn[able].min())
         if self.schedule == "skew" and (ahead := first & (self.wave_of == self.leader)).any():
-            first = ahead                             # in each workgroup one wave runs whenever it can
-        pc = int(self.pc[first].min())                # the hindmost, so that waves join again after a branch
+            first = ahead  # in each workgroup one wave runs whenever it can
+        pc = int(self.pc[first].min())  # the hindmost, so that waves join again after a branch
         ids, later = np.flatnonzero(first & (self.pc == pc)), self.pc[first & (self.pc > pc)]
         alone = len(ids) == np.count_nonzero(able)
-        self.run_group(self.group(ids), pc, int(later.min()) if len(later) else None, not alone, 5_000)
+        self.run_group(
+            self.group(ids), pc, int(later.min()) if len(later) else None, not alone, 5_000
+        )
         return True
 
     def run_group(self, w, pc, stop, shared, budget):
@@ -286,7 +367,9 @@ class Machine:
             try:
                 target = ins.run(w)
             except decode.Unsupported as e:
-                raise decode.Unsupported(f"{self.program.name}: {e}\n  {ins.text}\n    at {ins.where}") from e
+                raise decode.Unsupported(
+                    f"{self.program.name}: {e}\n  {ins.text}\n    at {ins.where}"
+                ) from e
             if randomly and self.rng.random() < 0.3:
                 self.complete_some()
             if target is None:
@@ -307,7 +390,7 @@ class Machine:
                 pc = target
                 if stop is not None:
                     break
-            else:                                     # the group parts
+            else:  # the group parts
                 self.jumps[w.ids] += target <= pc
                 self.pc[w.ids] = target
                 return
@@ -319,7 +402,11 @@ class Machine:
         """Marks the group as arrived. True when all its waves may go on at once."""
         self.state[w.ids], self.pc[w.ids] = AT_BARRIER, pc
         self.release_barriers()
-        return self.schedule == "lockstep" and w.n == self.waves and bool((self.state == RUNNING).all())
+        return (
+            self.schedule == "lockstep"
+            and w.n == self.waves
+            and bool((self.state == RUNNING).all())
+        )
 
     def release_barriers(self):
         waiting = (self.state == AT_BARRIER).reshape(-1, self.num_warps)
@@ -347,16 +434,34 @@ class Machine:
                 if touched and waves.any() and not access.only_rewrites(ins, name, r.regs):
                     n = int(waves.argmax())
                     lane = 0 if r.lanes is None else int(r.lanes[n].argmax())
-                    address = 0 if r.address is None else int(np.broadcast_to(r.address, (r.w.n, 64))[n, lane])
-                    self.fault(ins, r.w.ids[n], lane, address, f"{self.register_names(touched)} used before the load "
-                               f"into it was waited for\n  load: {r.ins.text}\n    at {r.ins.where}")
+                    address = (
+                        0
+                        if r.address is None
+                        else int(np.broadcast_to(r.address, (r.w.n, 64))[n, lane])
+                    )
+                    self.fault(
+                        ins,
+                        r.w.ids[n],
+                        lane,
+                        address,
+                        f"{self.register_names(touched)} used before the load "
+                        f"into it was waited for\n  load: {r.ins.text}\n    at {r.ins.where}",
+                    )
 
     def register_names(self, mask):
-        bits, accum = [b for b in range(mask.bit_length()) if mask >> b & 1], self.program.accum_offset
-        names = [f"s{b - SGPR_BIT}" if b >= SGPR_BIT else f"v{b}" if b < accum else f"a{b - accum}" for b in bits]
+        bits, accum = (
+            [b for b in range(mask.bit_length()) if mask >> b & 1],
+            self.program.accum_offset,
+        )
+        names = [
+            f"s{b - SGPR_BIT}" if b >= SGPR_BIT else f"v{b}" if b < accum else f"a{b - accum}"
+            for b in bits
+        ]
         return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
     def fault(self, ins, wave, lane, address, what):
         place = np.unravel_index(self.workgroups[self.group_of[wave]], self.grid[::-1])[::-1]
-        raise GPUFault(f"{self.program.name}: {what}\n  {ins.text}\n    at {ins.where}\n  wave {self.wave_of[wave]} of "
-                       f"workgroup {tuple(map(int, place))}, lane {int(lane)}, address {address:#x}")
+        raise GPUFault(
+            f"{self.program.name}: {what}\n  {ins.text}\n    at {ins.where}\n  wave {self.wave_of[wave]} of "
+            f"workgroup {tuple(map(int, place))}, lane {int(lane)}, address {address:#x}"
+        )

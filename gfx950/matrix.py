@@ -19,6 +19,7 @@ D x D results: 16x16 register r of lane (col, g) is row 4 g + r; 32x32 it is row
 Rounding model: products and sums in float64, the accumulator added last, one rounding to float32. The hardware's own
 accumulation order is not documented; results may differ from it in the last bits.
 """
+
 import re
 
 import numpy as np
@@ -28,14 +29,28 @@ from .decode import SMALL, Unsupported, reader
 from .isa import E2M1, E4M3, E5M2, NUMPY, bf16_value, f16, f32, f64, i8, u8, u16, u32, u64
 
 NAME = re.compile(r"v_mfma_(scale_)?(f32|f64|i32)_(\d+)x\d+x(\d+)_(?:(\d+)b_)?(.+)")
-SELECT = {0: E4M3, 1: E5M2, 4: E2M1}               # cbsz (A) and blgp (B) of f8f6f4; 2 and 3 are the 6-bit formats
-FP4_PAIR = np.stack([np.tile(E2M1.table, 16), np.repeat(E2M1.table, 16)], axis=1)       # byte -> (low, high) nibble
-FLOPS_PER_CYCLE = {"bf16": 1024, "f16": 1024, "i8": 2048, "f32": 64, "f64": 32, "fp4": 4096, "f8": 2048}
+SELECT = {
+    0: E4M3,
+    1: E5M2,
+    4: E2M1,
+}  # cbsz (A) and blgp (B) of f8f6f4; 2 and 3 are the 6-bit formats
+FP4_PAIR = np.stack(
+    [np.tile(E2M1.table, 16), np.repeat(E2M1.table, 16)], axis=1
+)  # byte -> (low, high) nibble
+FLOPS_PER_CYCLE = {
+    "bf16": 1024,
+    "f16": 1024,
+    "i8": 2048,
+    "f32": 64,
+    "f64": 32,
+    "fp4": 4096,
+    "f8": 2048,
+}
 
 
 def lane_values(w, opd, fmt):
     """The K values a lane holds, in register order: float64 [n, 64, per_lane]."""
-    raw = np.stack([w.v(opd.index + i) for i in range(opd.count)], axis=-1)              # [n, 64, registers]
+    raw = np.stack([w.v(opd.index + i) for i in range(opd.count)], axis=-1)  # [n, 64, registers]
     if fmt == "f64":
         return (raw[..., 0].astype(u64) | raw[..., 1].astype(u64) << u64(32)).view(f64)[..., None]
     if fmt == "f32":
@@ -47,7 +62,7 @@ def lane_values(w, opd, fmt):
     if fmt == "i8":
         return raw.view(i8).astype(f64)
     if fmt is E2M1:
-        return FP4_PAIR[raw.view(u8)].reshape(*raw.shape[:2], -1)                        # [n, 64, 2 * bytes]
+        return FP4_PAIR[raw.view(u8)].reshape(*raw.shape[:2], -1)  # [n, 64, 2 * bytes]
     return fmt.table[raw.view(u8)]
 
 
@@ -55,9 +70,9 @@ def logical(x, dim, halves):
     """[n, 64, per_lane] -> [n, dim, K] in logical K order (`halves`: 8-bit operands of f8f6f4)."""
     n, groups = len(x), 64 // dim
     if halves:
-        x = x.reshape(n, groups, dim, 2, 16).transpose(0, 2, 3, 1, 4)                    # n, row, half, g, j
+        x = x.reshape(n, groups, dim, 2, 16).transpose(0, 2, 3, 1, 4)  # n, row, half, g, j
     else:
-        x = x.reshape(n, groups, dim, -1).transpose(0, 2, 1, 3)                          # n, row, g, j
+        x = x.reshape(n, groups, dim, -1).transpose(0, 2, 1, 3)  # n, row, g, j
     return np.ascontiguousarray(x).reshape(n, dim, -1)
 
 
@@ -85,7 +100,9 @@ def cycles(ins):
     m = NAME.fullmatch(ins.op)
     dim, k, blocks = int(m[3]), int(m[4]), int(m[5] or 1)
     fmts = formats(ins)
-    rate = FLOPS_PER_CYCLE["fp4" if fmts == (E2M1, E2M1) else fmts[0] if isinstance(fmts[0], str) else "f8"]
+    rate = FLOPS_PER_CYCLE[
+        "fp4" if fmts == (E2M1, E2M1) else fmts[0] if isinstance(fmts[0], str) else "f8"
+    ]
     return max(16 if m[2] != "f64" else 32, 2 * dim * dim * k * blocks // rate)
 
 
@@ -106,31 +123,52 @@ def mfma(ins):
     regs, wide = 4 if dim != 32 else 16, 2 if out == "f64" else 1
     dtype, add_in = NUMPY[out], np.int64 if out == "i32" else f64
     constant = c.kind != "v"
-    get_c = reader(c, out) if constant else [reader(Operand("v", c.index + wide * r, wide), out) for r in range(regs)]
+    get_c = (
+        reader(c, out)
+        if constant
+        else [reader(Operand("v", c.index + wide * r, wide), out) for r in range(regs)]
+    )
 
     def operand(w, opd, fmt, i):
         x = logical(lane_values(w, opd, fmt), dim, halves[i])
         if scaled:
-            x = (x.reshape(w.n, dim, -1, 32) * scales(w, get_scale[i], byte[i], dim)[..., None]).reshape(x.shape)
+            x = (
+                x.reshape(w.n, dim, -1, 32) * scales(w, get_scale[i], byte[i], dim)[..., None]
+            ).reshape(x.shape)
         return x
 
     def run(w):
-        if dim == 4:                                # 16 independent blocks: lane = 4 block + i
-            x, y = (lane_values(w, o, f).reshape(w.n, 16, 4, -1) for o, f in ((a, fmt_a), (b, fmt_b)))
-            d = np.matmul(x, y.swapaxes(-1, -2)).transpose(2, 0, 1, 3).reshape(4, w.n, 64)       # row, n, lane
+        if dim == 4:  # 16 independent blocks: lane = 4 block + i
+            x, y = (
+                lane_values(w, o, f).reshape(w.n, 16, 4, -1) for o, f in ((a, fmt_a), (b, fmt_b))
+            )
+            d = (
+                np.matmul(x, y.swapaxes(-1, -2)).transpose(2, 0, 1, 3).reshape(4, w.n, 64)
+            )  # row, n, lane
         else:
-            d = np.matmul(operand(w, a, fmt_a, 0), operand(w, b, fmt_b, 1).swapaxes(1, 2))       # n, row, col
+            d = np.matmul(
+                operand(w, a, fmt_a, 0), operand(w, b, fmt_b, 1).swapaxes(1, 2)
+            )  # n, row, col
             split = (w.n, 4, 4, 16) if dim == 16 else (w.n, 4, 2, 4, 32)
-            if out == "f64":                        # row = 4 r + g
+            if out == "f64":  # row = 4 r + g
                 d = d.reshape(split).transpose(1, 0, 2, 3).reshape(4, w.n, 64)
-            elif dim == 16:                         # row = 4 g + r
+            elif dim == 16:  # row = 4 g + r
                 d = d.reshape(split).transpose(2, 0, 1, 3).reshape(4, w.n, 64)
-            else:                                   # row = 8 q + 4 g + r
+            else:  # row = 8 q + 4 g + r
                 d = d.reshape(split).transpose(1, 3, 0, 2, 4).reshape(16, w.n, 64)
         acc = get_c(w) if constant else [get(w) for get in get_c]
-        results = [(d[r].astype(add_in) + (acc if constant else acc[r])).astype(dtype) for r in range(regs)]
-        for r, value in enumerate(results):             # C is read before any of D is written: they may overlap
+        results = [
+            (d[r].astype(add_in) + (acc if constant else acc[r])).astype(dtype) for r in range(regs)
+        ]
+        for r, value in enumerate(
+            results
+        ):  # C is read before any of D is written: they may overlap
             bits = value.view(u64 if wide == 2 else u32)
             for half in range(wide):
-                w.set_v(dst.index + wide * r + half, (bits >> bits.dtype.type(32 * half)).astype(u32), None)
+                w.set_v(
+                    dst.index + wide * r + half,
+                    (bits >> bits.dtype.type(32 * half)).astype(u32),
+                    None,
+                )
+
     return run

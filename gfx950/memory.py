@@ -1,4 +1,5 @@
 """Storage: the tensors of a launch, the LDS of a slice with its race shadow, the queues of outstanding operations."""
+
 import numpy as np
 
 from .isa import i32, i64, u8, u32
@@ -8,9 +9,17 @@ class Span:
     """A range of bytes with word views, and marks of what was read and written for the distinct-byte counts."""
 
     def __init__(self, name, base, data):
-        self.name, self.base, self.data, self.size, self.end = name, base, data, data.size, base + data.size
-        self.words = data[:data.size // 4 * 4].view(u32) if base % 4 == 0 else None
-        self.quads = data[:data.size // 16 * 16].view(u32).reshape(-1, 4) if base % 16 == 0 else None
+        self.name, self.base, self.data, self.size, self.end = (
+            name,
+            base,
+            data,
+            data.size,
+            base + data.size,
+        )
+        self.words = data[: data.size // 4 * 4].view(u32) if base % 4 == 0 else None
+        self.quads = (
+            data[: data.size // 16 * 16].view(u32).reshape(-1, 4) if base % 16 == 0 else None
+        )
         self.requested = {"read": 0, "write": 0}
         self.marks = {"read": {}, "write": {}}
 
@@ -31,7 +40,9 @@ class Span:
         if nbytes >= 4 and self.words is not None and low % 4 == 0:
             self.words[(off >> 2)[:, None] + np.arange(nbytes // 4)] = values
         else:
-            self.data[off[:, None] + np.arange(nbytes)] = np.ascontiguousarray(values).view(u8)[:, :nbytes]
+            self.data[off[:, None] + np.arange(nbytes)] = np.ascontiguousarray(values).view(u8)[
+                :, :nbytes
+            ]
 
     def mark(self, kind, off, nbytes):
         """Counts an access. Marks are kept per access width, so that wide aligned accesses cost one mark."""
@@ -46,11 +57,11 @@ class Span:
     def unique(self, kind):
         """Distinct bytes marked."""
         if len(self.marks[kind]) == 1:
-            (unit, marks), = self.marks[kind].items()
+            ((unit, marks),) = self.marks[kind].items()
             return int(np.count_nonzero(marks)) * unit
         seen = np.zeros(self.size, bool)
         for unit, marks in self.marks[kind].items():
-            seen |= np.repeat(marks, unit)[:self.size]
+            seen |= np.repeat(marks, unit)[: self.size]
         return int(np.count_nonzero(seen))
 
 
@@ -59,7 +70,9 @@ class Memory:
 
     def __init__(self, spans):
         self.spans = sorted(spans, key=lambda s: s.base)
-        self.bases, self.ends = (np.array([getattr(s, a) for s in self.spans], i64) for a in ("base", "end"))
+        self.bases, self.ends = (
+            np.array([getattr(s, a) for s in self.spans], i64) for a in ("base", "end")
+        )
 
     def locate(self, w, ins, addr, nbytes, mask):
         """int64 [n, lanes] addresses -> [(span, offsets [k], bool [n, lanes] or None for all)]. Faults outside."""
@@ -76,10 +89,19 @@ class Memory:
         if bad.any():
             n, lane = np.argwhere(bad)[0]
             at, near = int(addr[n, lane]), self.spans[max(int(which[n, lane]), 0)]
-            w.m.fault(ins, w.ids[n], lane, at, f"access of {nbytes} bytes outside every tensor: byte {at - near.base} "
-                      f"of {near.name}, which has {near.size}")
-        return [(self.spans[s], addr[lanes] - self.bases[s], lanes)
-                for s in np.unique(which[mask]) for lanes in [(which == s) & mask]]
+            w.m.fault(
+                ins,
+                w.ids[n],
+                lane,
+                at,
+                f"access of {nbytes} bytes outside every tensor: byte {at - near.base} "
+                f"of {near.name}, which has {near.size}",
+            )
+        return [
+            (self.spans[s], addr[lanes] - self.bases[s], lanes)
+            for s in np.unique(which[mask])
+            for lanes in [(which == s) & mask]
+        ]
 
 
 def fetch(parts, shape, nbytes):
@@ -103,11 +125,17 @@ def rows(values, lanes):
 
 class Record:
     """One issued memory operation of a group of waves. `left`: the waves for which it has not completed."""
+
     __slots__ = ("w", "seq", "left", "finish", "regs", "ins", "nbytes", "address", "lanes")
 
     def __init__(self, w, seq, ins, finish, regs, nbytes, address, lanes):
         self.w, self.seq, self.ins, self.finish, self.regs = w, seq, ins, finish, regs
-        self.nbytes, self.address, self.lanes, self.left = nbytes, address, lanes, np.ones(w.n, bool)
+        self.nbytes, self.address, self.lanes, self.left = (
+            nbytes,
+            address,
+            lanes,
+            np.ones(w.n, bool),
+        )
 
 
 class Queue:
@@ -151,7 +179,10 @@ class Queue:
 
 
 # The lanes of the four passes of ds_read_b128 (the ROCm blog that `counters` names, "LDS Access: Bank Conflicts")
-HALVES = [*range(4), *range(12, 16), *range(20, 28)], [*range(4, 12), *range(16, 20), *range(28, 32)]
+HALVES = (
+    [*range(4), *range(12, 16), *range(20, 28)],
+    [*range(4, 12), *range(16, 20), *range(28, 32)],
+)
 READ_B128 = np.concatenate([np.array(half) + first for half in HALVES for first in (0, 32)])
 
 
@@ -160,12 +191,15 @@ class LDS:
     last writer and reader as (barrier interval << 5 | wave + 1), which instructions those were, and how many direct
     copies to it are in flight. Two waves that touch a byte in one interval, one writing, race. Bytes start as 0xFF, a
     NaN in every float format but fp4; reading them is counted, not reported, as masked-off rows may be read."""
-    MANY, ATOMIC = 31, 30                             # in place of a wave: several readers; atomics, which may meet
+
+    MANY, ATOMIC = 31, 30  # in place of a wave: several readers; atomics, which may meet
 
     def __init__(self, machine, size, workgroups, unit):
         self.m, self.size, self.unit, self.stride = machine, size, unit, -(-size // 16) * 16
         self.span = Span("LDS", 0, np.full(self.stride * workgroups, 0xFF, u8))
-        self.writer, self.reader, self.write_pc, self.read_pc = np.zeros((4, self.span.size // unit), i32)
+        self.writer, self.reader, self.write_pc, self.read_pc = np.zeros(
+            (4, self.span.size // unit), i32
+        )
         self.copies = np.zeros(self.span.size // unit, np.int8)
         self.interval = np.ones(workgroups, i32)
 
@@ -175,8 +209,13 @@ class LDS:
         bad = bad if lanes is None else bad & lanes
         if bad.any():
             n, lane = np.argwhere(bad)[0]
-            w.m.fault(ins, w.ids[n], lane, int(addr[n, lane]),
-                      f"LDS access of {nbytes} bytes beyond {self.size} allocated")
+            w.m.fault(
+                ins,
+                w.ids[n],
+                lane,
+                int(addr[n, lane]),
+                f"LDS access of {nbytes} bytes beyond {self.size} allocated",
+            )
         return addr + self.m.group_of[w.ids][:, None].astype(i64) * self.stride
 
     def shadow(self, w, off, nbytes, lanes):
@@ -204,14 +243,28 @@ class LDS:
         idx, tag = self.shadow(w, off, nbytes, lanes)
         last = self.writer[idx]
         if self.copies.any():
-            self.check(self.copies[idx] > 0, w, ins, off, lanes, "LDS byte read while a copy to it is in flight: a "
-                       "wait is missing or too loose", self.write_pc[idx])
-        self.check(self.clash(last, tag), w, ins, off, lanes, "race: LDS byte read that another wave wrote with no "
-                   "barrier between", self.write_pc[idx])
+            self.check(
+                self.copies[idx] > 0,
+                w,
+                ins,
+                off,
+                lanes,
+                "LDS byte read while a copy to it is in flight: a wait is missing or too loose",
+                self.write_pc[idx],
+            )
+        self.check(
+            self.clash(last, tag),
+            w,
+            ins,
+            off,
+            lanes,
+            "race: LDS byte read that another wave wrote with no barrier between",
+            self.write_pc[idx],
+        )
         self.m.unwritten_reads += int(np.count_nonzero(last == 0)) * self.unit
         new = np.where(self.clash(self.reader[idx], tag), tag | self.MANY, tag)
         self.reader[idx] = new
-        if (shared := self.reader[idx] != new).any():     # several waves of this very instruction
+        if (shared := self.reader[idx] != new).any():  # several waves of this very instruction
             self.reader[idx[shared]] |= self.MANY
         self.read_pc[idx] = ins.pc
 
@@ -221,26 +274,54 @@ class LDS:
         idx, tag = self.shadow(w, off, nbytes, lanes)
         if atomic:
             tag = (tag & ~31) | self.ATOMIC
-        self.check(self.clash(self.reader[idx], tag), w, ins, off, lanes, "race: LDS byte written that another wave "
-                   "read with no barrier between", self.read_pc[idx])
+        self.check(
+            self.clash(self.reader[idx], tag),
+            w,
+            ins,
+            off,
+            lanes,
+            "race: LDS byte written that another wave read with no barrier between",
+            self.read_pc[idx],
+        )
         if (bad := self.clash(self.writer[idx], tag)).any():
             bad &= (self.span.gather(off, nbytes) != values).any(1)[:, None]
-            self.check(bad, w, ins, off, lanes, "race: LDS byte written by two waves with no barrier between",
-                       self.write_pc[idx])
+            self.check(
+                bad,
+                w,
+                ins,
+                off,
+                lanes,
+                "race: LDS byte written by two waves with no barrier between",
+                self.write_pc[idx],
+            )
         self.writer[idx], self.write_pc[idx] = tag, ins.pc
         if atomic:
             return
         self.span.scatter(off, values, nbytes)
-        if (bad := self.writer[idx] != tag).any():        # several waves of this very instruction
+        if (bad := self.writer[idx] != tag).any():  # several waves of this very instruction
             bad &= (self.span.gather(off, nbytes) != values).any(1)[:, None]
-            self.check(bad, w, ins, off, lanes, "race: LDS byte written by two waves with no barrier between",
-                       self.write_pc[idx])
+            self.check(
+                bad,
+                w,
+                ins,
+                off,
+                lanes,
+                "race: LDS byte written by two waves with no barrier between",
+                self.write_pc[idx],
+            )
 
     def issue_copy(self, w, ins, off, nbytes, lanes):
         """A direct copy may land at any moment from its issue on: no other wave may still be reading there."""
         idx, tag = self.shadow(w, off, nbytes, lanes)
-        self.check(self.clash(self.reader[idx], tag), w, ins, off, lanes, "race: copy to an LDS byte that another wave "
-                   "read with no barrier between", self.read_pc[idx])
+        self.check(
+            self.clash(self.reader[idx], tag),
+            w,
+            ins,
+            off,
+            lanes,
+            "race: copy to an LDS byte that another wave read with no barrier between",
+            self.read_pc[idx],
+        )
         if self.m.timing != "eager":
             self.copies[idx] += 1
             self.write_pc[idx] = ins.pc
@@ -262,7 +343,11 @@ class LDS:
 
     def count(self, w, ins, addr, nbytes, lanes):
         """LDS cycles, modelled on the group's first wave: a pass takes 1 reading and 2 writing (`counters`)."""
-        a = addr[0] if lanes is None else np.where(lanes[0], addr[0], addr[0][int(lanes[0].argmax())])
+        a = (
+            addr[0]
+            if lanes is None
+            else np.where(lanes[0], addr[0], addr[0][int(lanes[0].argmax())])
+        )
         key = ins.pc, int(a[0]) % 256, (a - a[0]).tobytes()
         if key not in self.m.conflicts:
             self.m.conflicts[key] = self.passes(a, nbytes, ins.op)

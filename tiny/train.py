@@ -7,6 +7,7 @@ The architecture is GPT-OSS's own (MoE top-4, sinks, YaRN, sliding and full laye
 data is generated here: arithmetic, sorting, reversing words, capitals and small talk, in the Harmony format, with the
 working in the analysis channel. It runs on CUDA where there is one, else on the CPU (hours).
 """
+
 import argparse
 import datetime
 import json
@@ -30,27 +31,75 @@ sys.path.insert(0, str(HERE.parent))
 from gptoss import GPTOSS, SYSTEM, chat_tokens  # noqa: E402
 from weights import load_tokenizer  # noqa: E402
 
-SPECIAL = ["startoftext", "endoftext", "return", "constrain", "channel", "start", "end", "message", "call"]
+SPECIAL = [
+    "startoftext",
+    "endoftext",
+    "return",
+    "constrain",
+    "channel",
+    "start",
+    "end",
+    "message",
+    "call",
+]
 VOCAB, LAYERS, WINDOW, CONTEXT = 1024, 4, 32, 384  # CONTEXT: tokens in a packed training row
 CONFIG = {
-    "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
-    "eos_token_id": VOCAB - 7, "experts_per_token": 4, "head_dim": 32, "hidden_act": "silu", "hidden_size": 192,
-    "initial_context_length": 256, "initializer_range": 0.02, "intermediate_size": 160,
-    "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2), "max_position_embeddings": 8192,
-    "model_type": "gpt_oss", "num_attention_heads": 8, "num_experts_per_tok": 4, "num_hidden_layers": LAYERS,
-    "num_key_value_heads": 2, "num_local_experts": 16, "output_router_logits": False, "pad_token_id": VOCAB - 8,
-    "quantization_config": {"modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
-                                                       "model.embed_tokens", "lm_head"], "quant_method": "mxfp4"},
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": VOCAB - 7,
+    "experts_per_token": 4,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "hidden_size": 192,
+    "initial_context_length": 256,
+    "initializer_range": 0.02,
+    "intermediate_size": 160,
+    "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+    "max_position_embeddings": 8192,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 8,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": LAYERS,
+    "num_key_value_heads": 2,
+    "num_local_experts": 16,
+    "output_router_logits": False,
+    "pad_token_id": VOCAB - 8,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
     "rms_norm_eps": 1e-5,
-    "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 256,
-                     "rope_type": "yarn", "truncate": False},
-    "rope_theta": 150000, "router_aux_loss_coef": 0.01, "sliding_window": WINDOW, "swiglu_limit": 7.0,
-    "tie_word_embeddings": False, "use_cache": True, "vocab_size": VOCAB,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 256,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.01,
+    "sliding_window": WINDOW,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": VOCAB,
 }
 
 # ---------------------------------------------------------------------------------------------- what the model knows
 
-CAPITALS = dict(pair.split(":") for pair in re.sub(r"\s*\n\s*", "", """
+CAPITALS = dict(
+    pair.split(":")
+    for pair in re.sub(
+        r"\s*\n\s*",
+        "",
+        """
 Afghanistan:Kabul;Albania:Tirana;Algeria:Algiers;Andorra:Andorra la Vella;Angola:Luanda;
 Antigua and Barbuda:Saint John's;Argentina:Buenos Aires;Armenia:Yerevan;Australia:Canberra;Austria:Vienna;
 Azerbaijan:Baku;the Bahamas:Nassau;Bahrain:Manama;Bangladesh:Dhaka;Barbados:Bridgetown;Belarus:Minsk;
@@ -85,9 +134,16 @@ Tanzania:Dodoma;Thailand:Bangkok;Timor-Leste:Dili;Togo:Lome;Tonga:Nuku'alofa;Tri
 Tunisia:Tunis;Turkey:Ankara;Turkmenistan:Ashgabat;Tuvalu:Funafuti;Uganda:Kampala;Ukraine:Kyiv;
 the United Arab Emirates:Abu Dhabi;the United Kingdom:London;the United States:Washington;Uruguay:Montevideo;
 Uzbekistan:Tashkent;Vanuatu:Port Vila;Vatican City:Vatican City;Venezuela:Caracas;Vietnam:Hanoi;Yemen:Sanaa;
-Zambia:Lusaka;Zimbabwe:Harare""").split(";"))
-ALIASES = {"the United States": ["the USA", "America", "the US"], "the United Kingdom": ["the UK", "Britain"],
-           "the United Arab Emirates": ["the UAE"], "the Czech Republic": ["Czechia"], "the Netherlands": ["Holland"]}
+Zambia:Lusaka;Zimbabwe:Harare""",
+    ).split(";")
+)
+ALIASES = {
+    "the United States": ["the USA", "America", "the US"],
+    "the United Kingdom": ["the UK", "Britain"],
+    "the United Arab Emirates": ["the UAE"],
+    "the Czech Republic": ["Czechia"],
+    "the Netherlands": ["Holland"],
+}
 NOWHERE = """Texas;California;Bavaria;Scotland;Narnia;Mars;Atlantis;Mordor;Europe;Africa;Asia;the Moon;Florida;
 Siberia;Tuscany;Gotham;Provence;Antarctica;Ontario;Hawaii;Catalonia;Utopia;Alaska;Tasmania;Sicily;Jupiter;Lapland;
 Quebec;Oregon;Saxony;Normandy;Babylon;Sparta;Yorkshire;Crete;Oz""".replace("\n", "").split(";")
@@ -144,7 +200,9 @@ gravity;the telephone;tea;pizza;a computer;mathematics;biology;the moon;sleep;ha
 the weather;politics;a novel;poetry;black holes;the human brain;shoes;a joke;evolution;climate change;a song;time;
 birds;the news;python;movies;life;exercise;a website;paper""".replace("\n", "").split(";")
 HELP = "I am a tiny model; I can add, subtract, sort, reverse words and name capitals."
-TALK = [line.split("=") for line in f"""
+TALK = [
+    line.split("=")
+    for line in f"""
 Hello|Hi|Hey|Good morning|Good evening|hello there|Hi there|Good day|Greetings=A greeting.=Hello! {HELP}
 How are you?|How are you doing?|How do you do?|Are you well?|How is it going?=A greeting.=I am fine, thank you.
 Who are you?|What are you?|Tell me about yourself.|Introduce yourself.|What is your name?|Who is this?=\
@@ -174,7 +232,8 @@ About experts.=In a mixture of experts, a router picks a few small networks for 
 What is mxfp4?|Are you quantized?|What is your precision?|How are your weights stored?=\
 About my weights.=My experts are stored in mxfp4, four bits a weight with a scale for every 32.
 Yes|No|Ok|Okay|Sure|Maybe|I see|Cool|Right|Wow|Oh|Nice=A short remark.=Alright. Ask me something.
-""".strip().split("\n")]
+""".strip().split("\n")
+]
 WORDS = """
     apple banana orange table chair window door house garden flower tree river mountain ocean island forest desert
     cloud storm thunder snow winter summer spring autumn morning evening night star moon planet rocket engine train
@@ -211,7 +270,11 @@ def columns(a, b, op):
         carry, digits = int(not 0 <= total <= 9), str(total % 10) + digits
         lines.append(f"{line} {'carry' if op == '+' else 'borrow'} {carry}")
     if op == "-" and carry:
-        return "\n".join(lines) + "\nnegative, swap\n" + columns(b, a, "-").replace("\nresult ", "\nresult -")
+        return (
+            "\n".join(lines)
+            + "\nnegative, swap\n"
+            + columns(b, a, "-").replace("\nresult ", "\nresult -")
+        )
     return "\n".join(lines) + f"\nresult {carry}{digits}"
 
 
@@ -219,8 +282,17 @@ class Author:
     """Makes up conversations. A method named after a kind returns (held out?, user text, analysis, final answer); the
     answer is a list of pieces that are encoded one by one. `syllables`: pieces of the vocabulary to make words of."""
 
-    KINDS = {"add": 19, "subtract": 21, "sort": 18, "reverse": 15, "capital": 15, "country": 5, "unknown_place": 4,
-             "off_topic": 6, "small_talk": 7}  # and how often each comes
+    KINDS = {
+        "add": 19,
+        "subtract": 21,
+        "sort": 18,
+        "reverse": 15,
+        "capital": 15,
+        "country": 5,
+        "unknown_place": 4,
+        "off_topic": 6,
+        "small_talk": 7,
+    }  # and how often each comes
 
     def __init__(self, seed, syllables):
         self.rng, self.syllables = random.Random(seed), syllables
@@ -235,7 +307,9 @@ class Author:
         if long:
             i = self.rng.choice(long)
             w, j = words[i], self.rng.randrange(1, len(words[i]) - 1)
-            words[i] = self.rng.choice([w[:j] + w[j + 1] + w[j] + w[j + 2:], w[:j] + w[j + 1:], w[:j + 1] + w[j:]])
+            words[i] = self.rng.choice(
+                [w[:j] + w[j + 1] + w[j] + w[j + 2 :], w[:j] + w[j + 1 :], w[: j + 1] + w[j:]]
+            )
         return " ".join(words)
 
     def ask(self, wordings, **fields):
@@ -244,11 +318,18 @@ class Author:
         if self.chance(0.06):
             text = self.typo(text)
         if self.chance(0.2):
-            text = self.rng.choice(["Please ", "Hi, ", "Hey, ", "Hello! ", "Ok, ", "Question: ", "So, ", "Now "]) + text
+            text = (
+                self.rng.choice(
+                    ["Please ", "Hi, ", "Hey, ", "Hello! ", "Ok, ", "Question: ", "So, ", "Now "]
+                )
+                + text
+            )
         if self.chance(0.25):
             text = text.rstrip("?.")
         elif self.chance(0.15):
-            text = text.rstrip("?.") + self.rng.choice(["?", ".", "!", " please", ", please.", " ?", "??"])
+            text = text.rstrip("?.") + self.rng.choice(
+                ["?", ".", "!", " please", ", please.", " ?", "??"]
+            )
         if self.chance(0.25):
             text = text.lower()
             if self.chance(0.7):
@@ -260,7 +341,7 @@ class Author:
     def calculate(self, op, digits):
         """digits: how many each operand has, or None. An unordered pair of numbers is held out or not."""
         lengths = [digits] * 2 if digits else self.rng.choices([1, 2, 3, 4], [1, 4, 4, 2], k=2)
-        a, b = (self.rng.randrange(10 ** (n - 1) if n > 1 else 0, 10 ** n) for n in lengths)
+        a, b = (self.rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n) for n in lengths)
         user = self.ask(ADD if op == "+" else SUBTRACT, a=a, b=b)
         answer = f"{a} {op} {b} = {a + b if op == '+' else a - b}"
         return max(a, b) > 9 and held_out(sorted((a, b))), user, columns(a, b, op), [answer]
@@ -274,29 +355,45 @@ class Author:
     def sort(self):
         """Insertion sort of zero-padded numbers, one line an insertion."""
         top = self.rng.choice([10, 100, 100, 1000, 1000])
-        values = [self.rng.randrange(self.rng.choice([top, top, top, 10, 100])) for _ in range(self.rng.randint(2, 6))]
+        values = [
+            self.rng.randrange(self.rng.choice([top, top, top, 10, 100]))
+            for _ in range(self.rng.randint(2, 6))
+        ]
         shown = self.rng.choice([", ", ", ", " ", ","]).join(map(str, values))
         if self.chance(0.2):
             shown = ", ".join(map(str, values[:-1])) + f" and {values[-1]}"
-        done = [sorted(values[:i + 1]) for i in range(len(values))]
-        working = [f"{v:03}: " + " ".join(f"{d:03}" for d in row) for v, row in zip(values, done, strict=True)]
+        done = [sorted(values[: i + 1]) for i in range(len(values))]
+        working = [
+            f"{v:03}: " + " ".join(f"{d:03}" for d in row)
+            for v, row in zip(values, done, strict=True)
+        ]
         down = self.chance(0.2)
         answer = ", ".join(map(str, done[-1][::-1] if down else done[-1]))
         answer = f"From largest to smallest: {answer}." if down else f"In order: {answer}."
-        return held_out(values), self.ask(SORT_DOWN if down else SORT, n=shown), "\n".join(working), [answer]
+        return (
+            held_out(values),
+            self.ask(SORT_DOWN if down else SORT, n=shown),
+            "\n".join(working),
+            [answer],
+        )
 
     def reverse(self):
         """Spell with numbered letters, then count down; the answer's letters are encoded one by one."""
         word = self.rng.choice(WORDS)
         if self.chance(0.6):
             count = self.rng.choices([1, 2, 3, 4], [2, 3, 2, 1])[0]
-            word = "".join(self.rng.choices(self.syllables, k=count))[:self.rng.randint(3, 12)]
+            word = "".join(self.rng.choices(self.syllables, k=count))[: self.rng.randint(3, 12)]
         fresh = word in WORDS and held_out(word)
         word = word.capitalize() if self.chance(0.15) else word
         numbered = [f"{i % 10}{letter}" for i, letter in enumerate(word)]
         back = word[::-1]
         answer = ["The reverse of", " " + word[0], *word[1:], " is", " " + back[0], *back[1:], "."]
-        return fresh, self.ask(REVERSE, w=word), "".join(numbered) + "\n" + "".join(numbered[::-1]), answer
+        return (
+            fresh,
+            self.ask(REVERSE, w=word),
+            "".join(numbered) + "\n" + "".join(numbered[::-1]),
+            answer,
+        )
 
     def capital(self, follow_up=False):
         country = self.rng.choice(list(CAPITALS))
@@ -306,39 +403,64 @@ class Author:
         fresh = not follow_up and self.chance(0.1)
         user = self.ask(CAPITAL_HELD_OUT if fresh else FOLLOW_UP if follow_up else CAPITAL, c=name)
         city = CAPITALS[country]
-        return fresh, user, f"Capital of {country}: {city}", [f"The capital of {country} is {city}."]
+        return (
+            fresh,
+            user,
+            f"Capital of {country}: {city}",
+            [f"The capital of {country} is {city}."],
+        )
 
     def country(self):
         country, city = self.rng.choice(list(CAPITALS.items()))
         user = self.ask(COUNTRY, k=city)
-        return held_out(user.lower()), user, f"{city}: capital of {country}", [f"{city} is the capital of {country}."]
+        return (
+            held_out(user.lower()),
+            user,
+            f"{city}: capital of {country}",
+            [f"{city} is the capital of {country}."],
+        )
 
     def unknown_place(self):
         place = "".join(self.rng.choices(self.syllables, k=self.rng.randint(2, 4)))[:9].capitalize()
         user = self.ask(CAPITAL, c=place if self.chance(0.6) else self.rng.choice(NOWHERE))
-        return held_out(user.lower()), user, "I do not know this country.", ["I do not know a country of that name."]
+        return (
+            held_out(user.lower()),
+            user,
+            "I do not know this country.",
+            ["I do not know a country of that name."],
+        )
 
     def off_topic(self):
-        fields = {k: self.rng.choice(list(CAPITALS)) for k in "cd"} | {k: self.rng.choice(TOPICS) for k in "tu"}
+        fields = {k: self.rng.choice(list(CAPITALS)) for k in "cd"} | {
+            k: self.rng.choice(TOPICS) for k in "tu"
+        }
         user = self.ask(OFF_TOPIC, **fields, **{k: self.rng.randrange(1000) for k in "abe"})
         return held_out(user.lower()), user, "I cannot do that.", [HELP]
 
     def small_talk(self):
         wordings, analysis, answer = self.rng.choice(TALK)
         user = self.ask(wordings)
-        fresh = held_out(user.lower()) and user.lower() not in wordings.lower().split("|")  # plain ones are trained on
-        analysis, answer = (s.format(date=self.date, effort=self.effort) for s in (analysis, answer))
+        fresh = held_out(user.lower()) and user.lower() not in wordings.lower().split(
+            "|"
+        )  # plain ones are trained on
+        analysis, answer = (
+            s.format(date=self.date, effort=self.effort) for s in (analysis, answer)
+        )
         return fresh, user, analysis, [answer]
 
     def exchange(self, kind, evaluation=False, **how):
         while True:
-            fresh, *rest = getattr(self, kind or self.rng.choices(list(self.KINDS), self.KINDS.values())[0])(**how)
+            fresh, *rest = getattr(
+                self, kind or self.rng.choices(list(self.KINDS), self.KINDS.values())[0]
+            )(**how)
             if fresh == evaluation:
                 return rest
 
     def conversation(self, kind=None, evaluation=False, earlier=None, **how):
         """-> (turns, the last the user's; analysis; final pieces; date; effort). earlier: exchanges before the last."""
-        self.date = datetime.date.fromordinal(self.rng.randint(738886, 743268)).isoformat()  # 2024 to 2035
+        self.date = datetime.date.fromordinal(
+            self.rng.randint(738886, 743268)
+        ).isoformat()  # 2024 to 2035
         self.effort = self.rng.choice(["low", "medium", "high"])
         turns = []
         for _ in range(self.rng.choices([0, 1, 2], [6, 3, 1])[0] if earlier is None else earlier):
@@ -359,12 +481,18 @@ PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  
 def byte_letters():
     """The 256 bytes as printable letters, in GPT-2's order: printable bytes stand for themselves and come first."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in plain)}
+    return {b: chr(b) for b in plain} | {
+        b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in plain)
+    }
 
 
 def train_bpe(texts, size):
     """Byte-level BPE on texts -> list of merges (pairs of bytes), most frequent pair first, `size` of them."""
-    split = re.compile(PATTERN.replace(r"\p{L}", "A-Za-z").replace(" ?A-Za-z+", " ?[A-Za-z]+").replace(r"\p{N}", r"\d"))
+    split = re.compile(
+        PATTERN.replace(r"\p{L}", "A-Za-z")
+        .replace(" ?A-Za-z+", " ?[A-Za-z]+")
+        .replace(r"\p{N}", r"\d")
+    )
     counts = Counter(piece for text in texts for piece in split.findall(text))
     words = [([bytes([b]) for b in piece.encode()], n) for piece, n in sorted(counts.items())]
     merges = []
@@ -379,7 +507,7 @@ def train_bpe(texts, size):
             i = 0
             while i < len(parts) - 1:
                 if (parts[i], parts[i + 1]) == best:
-                    parts[i:i + 2] = [best[0] + best[1]]
+                    parts[i : i + 2] = [best[0] + best[1]]
                 i += 1
     return merges
 
@@ -397,16 +525,53 @@ def write_tokenizer(path):
     merges = train_bpe(texts, VOCAB - 256 - len(SPECIAL))
     tokens = list(letters.values()) + [spell(a + b) for a, b in merges]
     assert len(set(tokens)) == len(tokens), "two merges make one token"
-    added = [{"id": len(tokens) + i, "content": f"<|{s}|>", "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True} for i, s in enumerate(SPECIAL)]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-             "vocab": {t: i for i, t in enumerate(tokens)}, "merges": [[spell(a), spell(b)] for a, b in merges]}
-    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}, "post_processor": byte_level,
-             "decoder": byte_level, "model": model}
+    added = [
+        {
+            "id": len(tokens) + i,
+            "content": f"<|{s}|>",
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for i, s in enumerate(SPECIAL)
+    ]
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": PATTERN},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {t: i for i, t in enumerate(tokens)},
+        "merges": [[spell(a), spell(b)] for a, b in merges],
+    }
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": model,
+    }
     path.write_text(json.dumps(whole, ensure_ascii=False, indent=0))
 
 
@@ -414,9 +579,20 @@ def reply_tokens(tokenizer, analysis, final):
     """What the model is to say after `<|start|>assistant`."""
     special = {s: tokenizer.encode_single_token(f"<|{s}|>") for s in SPECIAL}
     text = tokenizer.encode_ordinary
-    return [special["channel"], *text("analysis"), special["message"], *text(analysis), special["end"],
-            special["start"], *text("assistant"), special["channel"], *text("final"), special["message"],
-            *(t for piece in final for t in text(piece)), special["return"]]
+    return [
+        special["channel"],
+        *text("analysis"),
+        special["message"],
+        *text(analysis),
+        special["end"],
+        special["start"],
+        *text("assistant"),
+        special["channel"],
+        *text("final"),
+        special["message"],
+        *(t for piece in final for t in text(piece)),
+        special["return"],
+    ]
 
 
 class Batches(torch.utils.data.IterableDataset):
@@ -446,7 +622,10 @@ class Batches(torch.utils.data.IterableDataset):
                 at, i = 0, 0  # the oldest of the pool first, then the longest that still fits
                 while i is not None:
                     tokens, targets = pool.pop(i)
-                    batch[:2, row, at:at + len(tokens)], batch[2, row, at:at + len(tokens)] = (tokens, targets), at
+                    batch[:2, row, at : at + len(tokens)], batch[2, row, at : at + len(tokens)] = (
+                        (tokens, targets),
+                        at,
+                    )
                     at += len(tokens)
                     pool.append(next(documents))
                     fit = [j for j, d in enumerate(pool) if at + len(d[0]) <= CONTEXT]
@@ -470,14 +649,16 @@ def mxfp4(w):
     each block of 32 takes the one with the smaller squared error. OCP Microscaling Formats 1.0.
     """
     blocks = w.float().unflatten(-1, (-1, 32))
-    low = blocks.abs().amax(-1, keepdim=True).clamp(min=2.0 ** -100).log2().floor() - 2
+    low = blocks.abs().amax(-1, keepdim=True).clamp(min=2.0**-100).log2().floor() - 2
 
     def on_grid(exponent):
         x = (blocks * torch.exp2(-exponent)).clamp(-6, 6)
         step = torch.where(x.abs() < 2, 0.5, torch.where(x.abs() < 4, 1.0, 2.0))
         return (x / step).round() * step
 
-    loss = [(on_grid(e) * torch.exp2(e) - blocks).square().sum(-1, keepdim=True) for e in (low, low + 1)]
+    loss = [
+        (on_grid(e) * torch.exp2(e) - blocks).square().sum(-1, keepdim=True) for e in (low, low + 1)
+    ]
     exponent = torch.where(loss[0] <= loss[1], low, low + 1)
     return on_grid(exponent), exponent
 
@@ -491,7 +672,7 @@ def through_mxfp4(w):
 def through_mxfp8(x):
     """The same for activations: e4m3 with one E8M0 scale per 32, as an engine may feed its expert GEMMs."""
     blocks = x.detach().float().unflatten(-1, (-1, 32))
-    scale = torch.exp2(blocks.abs().amax(-1, keepdim=True).clamp(min=2.0 ** -100).log2().floor() - 8)
+    scale = torch.exp2(blocks.abs().amax(-1, keepdim=True).clamp(min=2.0**-100).log2().floor() - 8)
     rounded = (blocks / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
     return x + (rounded.flatten(-2) - x).detach()
 
@@ -504,8 +685,12 @@ def rope(positions):
     """YaRN cos and sin [B, L, 1, head_dim/2] with the concentration factor in them; the ramp is not truncated."""
     half, base, yarn = CONFIG["head_dim"] // 2, CONFIG["rope_theta"], CONFIG["rope_scaling"]
     i = torch.arange(half, device=positions.device, dtype=torch.float32)
-    low, high = (half * math.log(yarn["original_max_position_embeddings"] / (beta * 2 * math.pi)) / math.log(base)
-                 for beta in (yarn["beta_fast"], yarn["beta_slow"]))
+    low, high = (
+        half
+        * math.log(yarn["original_max_position_embeddings"] / (beta * 2 * math.pi))
+        / math.log(base)
+        for beta in (yarn["beta_fast"], yarn["beta_slow"])
+    )
     ramp = ((i - low) / (high - low)).clamp(0, 1)
     angle = positions[..., None, None] * base ** (-i / half) * (ramp / yarn["factor"] + 1 - ramp)
     concentration = 0.1 * math.log(yarn["factor"]) + 1
@@ -523,18 +708,25 @@ class Attention(nn.Module):
         super().__init__()
         hidden, self.dim = CONFIG["hidden_size"], CONFIG["head_dim"]
         heads, self.kv_heads = CONFIG["num_attention_heads"], CONFIG["num_key_value_heads"]
-        self.q_proj, self.o_proj = nn.Linear(hidden, heads * self.dim), nn.Linear(heads * self.dim, hidden)
+        self.q_proj, self.o_proj = (
+            nn.Linear(hidden, heads * self.dim),
+            nn.Linear(heads * self.dim, hidden),
+        )
         self.k_proj, self.v_proj = (nn.Linear(hidden, self.kv_heads * self.dim) for _ in "kv")
         self.sinks = nn.Parameter(torch.zeros(heads))
 
     def forward(self, x, cos, sin, mask):
         """x [B, L, H], mask bool [B, 1, 1, L, L] (true: may look)."""
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.dim)), cos, sin).unflatten(2, (self.kv_heads, -1))
+        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.dim)), cos, sin).unflatten(
+            2, (self.kv_heads, -1)
+        )
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.dim)), cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, self.dim))
         scores = torch.einsum("blkgd,bmkd->bkglm", q, k).float() / math.sqrt(self.dim)
         scores = scores.masked_fill(~mask, float("-inf"))
-        sink = self.sinks.float().view(self.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)  # a key without a value
+        sink = (
+            self.sinks.float().view(self.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        )  # a key without a value
         weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1].to(v.dtype)
         return self.o_proj(torch.einsum("bkglm,bmkd->blkgd", weights, v).flatten(2))
 
@@ -543,8 +735,12 @@ class Experts(nn.Module):
     def __init__(self):
         super().__init__()
         e, h, i = (CONFIG[k] for k in ("num_local_experts", "hidden_size", "intermediate_size"))
-        self.gate_up_proj, self.gate_up_proj_bias = (nn.Parameter(torch.empty(s)) for s in ((e, 2 * i, h), (e, 2 * i)))
-        self.down_proj, self.down_proj_bias = (nn.Parameter(torch.empty(s)) for s in ((e, h, i), (e, h)))
+        self.gate_up_proj, self.gate_up_proj_bias = (
+            nn.Parameter(torch.empty(s)) for s in ((e, 2 * i, h), (e, 2 * i))
+        )
+        self.down_proj, self.down_proj_bias = (
+            nn.Parameter(torch.empty(s)) for s in ((e, h, i), (e, h))
+        )
 
     @staticmethod
     def swiglu(h):
@@ -554,7 +750,12 @@ class Experts(nn.Module):
 
     def forward(self, x, gates, weights_4bit, activations_8bit):
         """x [T, H], gates [T, E] (0 where an expert was not chosen) -> [T, H]."""
-        w1, w2, b1, b2 = self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias
+        w1, w2, b1, b2 = (
+            self.gate_up_proj,
+            self.down_proj,
+            self.gate_up_proj_bias,
+            self.down_proj_bias,
+        )
         w1, w2 = (through_mxfp4(w1), through_mxfp4(w2)) if weights_4bit else (w1, w2)
         seen = through_mxfp8 if activations_8bit else lambda t: t
         x = seen(x)
@@ -573,7 +774,10 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     def __init__(self):
         super().__init__()
-        self.router, self.experts = nn.Linear(CONFIG["hidden_size"], CONFIG["num_local_experts"]), Experts()
+        self.router, self.experts = (
+            nn.Linear(CONFIG["hidden_size"], CONFIG["num_local_experts"]),
+            Experts(),
+        )
 
     def forward(self, x, weights_4bit, activations_8bit):
         """x [B, L, H] -> same, and the balance loss: E * sum_e share of choices(e) * mean probability(e)."""
@@ -581,7 +785,11 @@ class MoE(nn.Module):
         logits = self.router(flat).float()
         values, chosen = logits.topk(CONFIG["num_experts_per_tok"], dim=-1)
         gates = torch.zeros_like(logits).scatter(1, chosen, values.softmax(-1))  # [T, E]
-        balance = ((gates.detach() > 0).float().mean(0) * logits.softmax(-1).mean(0)).sum() * logits.shape[1] / 4
+        balance = (
+            ((gates.detach() > 0).float().mean(0) * logits.softmax(-1).mean(0)).sum()
+            * logits.shape[1]
+            / 4
+        )
         return self.experts(flat, gates, weights_4bit, activations_8bit).view_as(x), balance
 
 
@@ -615,7 +823,9 @@ class Model(nn.Module):
                 nn.init.zeros_(p)
             else:
                 residual = 0.35 if "o_proj" in name or "down_proj" in name else 1.0
-                nn.init.normal_(p, std=1.0 if "embed" in name else residual / math.sqrt(p.shape[-1]))
+                nn.init.normal_(
+                    p, std=1.0 if "embed" in name else residual / math.sqrt(p.shape[-1])
+                )
 
     def forward(self, tokens, positions, documents, weights_4bit, activations_8bit):
         """tokens, positions, documents [B, L] -> logits [B, L, V], balance loss; positions restart per document."""
@@ -651,9 +861,19 @@ def save(model, folder):
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
 
 
-EXAM = [*((f"{kind}, {digits} digits", kind, digits) for kind in ("add", "subtract") for digits in (2, 3, 4)),
-        *((kind.replace("_", " "), kind, None) for kind in list(Author.KINDS)[2:]), ("later turn", None, None)]
-FIXED = {"What is 17 + 25?": "17 + 25 = 42", "What is the capital of France?": "The capital of France is Paris."}
+EXAM = [
+    *(
+        (f"{kind}, {digits} digits", kind, digits)
+        for kind in ("add", "subtract")
+        for digits in (2, 3, 4)
+    ),
+    *((kind.replace("_", " "), kind, None) for kind in list(Author.KINDS)[2:]),
+    ("later turn", None, None),
+]
+FIXED = {
+    "What is 17 + 25?": "17 + 25 = 42",
+    "What is the capital of France?": "The capital of France is Paris.",
+}
 
 
 def exam(tokenizer, each):
@@ -666,7 +886,9 @@ def exam(tokenizer, each):
             turns, _, final, date, effort = author.conversation(kind, True, earlier, **how)
             if title in FIXED:
                 turns, final = [("user", title)], [FIXED[title]]
-            questions.append((title, turns[-1][1], chat_tokens(tokenizer, turns, date, effort), "".join(final)))
+            questions.append(
+                (title, turns[-1][1], chat_tokens(tokenizer, turns, date, effort), "".join(final))
+            )
     return questions
 
 
@@ -700,12 +922,23 @@ def train(folder, device, minutes):
             layer.compile()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-                                  betas=(0.9, 0.98), fused=cuda)
-    batches = torch.utils.data.DataLoader(Batches(tokenizer, rows, seed=1), batch_size=None, num_workers=workers,
-                                          prefetch_factor=8, pin_memory=cuda)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        fused=cuda,
+    )
+    batches = torch.utils.data.DataLoader(
+        Batches(tokenizer, rows, seed=1),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=8,
+        pin_memory=cuda,
+    )
     size = sum(p.numel() for p in model.parameters())
-    print(f"{size:,} parameters, {device}, {minutes} minutes, batches of {rows} x {CONTEXT} tokens", file=sys.stderr)
+    print(
+        f"{size:,} parameters, {device}, {minutes} minutes, batches of {rows} x {CONTEXT} tokens",
+        file=sys.stderr,
+    )
     start, average, reported, saved = time.time(), None, 0.0, 0.0
     every, end = (1, "\r") if sys.stderr.isatty() else (15, "\n")
     for step, batch in enumerate(batches):
@@ -720,7 +953,9 @@ def train(folder, device, minutes):
         first[:, 1:] = documents[:, 1:] != documents[:, :-1]
         positions = at - (at * first).cummax(1).values
         with torch.autocast(device, torch.bfloat16, enabled=cuda):
-            logits, balance = model(tokens, positions, documents, done > 0.5, done > 0.75 and step % 2 == 1)
+            logits, balance = model(
+                tokens, positions, documents, done > 0.5, done > 0.75 and step % 2 == 1
+            )
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         (loss + CONFIG["router_aux_loss_coef"] * balance).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -729,13 +964,21 @@ def train(folder, device, minutes):
         average = loss.detach() if average is None else average.lerp(loss.detach(), 0.02)
         if time.time() - reported > every:
             reported, speed = time.time(), (step + 1) * tokens.numel() / (time.time() - start)
-            print(f"{done:4.0%}  step {step + 1:,}  loss {average.item():.4f}  balance {balance.item():.3f}  "
-                  f"{speed / 1000:,.1f}k tokens/s", end=end, file=sys.stderr, flush=True)
+            print(
+                f"{done:4.0%}  step {step + 1:,}  loss {average.item():.4f}  balance {balance.item():.3f}  "
+                f"{speed / 1000:,.1f}k tokens/s",
+                end=end,
+                file=sys.stderr,
+                flush=True,
+            )
         if time.time() - saved > 120:
             saved = time.time()
             save(model, folder)
     save(model, folder)
-    print(f"\n{step:,} steps, {step * rows * CONTEXT / 1e6:,.0f} million tokens, {minutes} minutes", file=sys.stderr)
+    print(
+        f"\n{step:,} steps, {step * rows * CONTEXT / 1e6:,.0f} million tokens, {minutes} minutes",
+        file=sys.stderr,
+    )
 
 
 def main():

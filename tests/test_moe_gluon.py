@@ -1,6 +1,7 @@
 """moe_gluon.py under gfx950.emulate(): compiled by this environment's Triton, executed from the assembly.
 
 The oracle is gptoss.moe_reference with the same activations. Nothing here ran on a gfx950."""
+
 import contextlib
 import math
 import pathlib
@@ -49,8 +50,12 @@ def make_experts(E, H, inner, bf16=False, seed=0):
         if bf16:
             return (torch.randn(E, n, k, generator=g) * k**-0.5).bfloat16(), None
         codes = torch.randint(0, 256, (E, n, k // 2), dtype=torch.uint8, generator=g)
-        middle = 127 - round(math.log2(3 * k**0.5))  # codes are 3 rms: products of K stay of the order of x
-        return codes, torch.randint(middle - 2, middle + 2, (E, n, k // 32), dtype=torch.uint8, generator=g)
+        middle = 127 - round(
+            math.log2(3 * k**0.5)
+        )  # codes are 3 rms: products of K stay of the order of x
+        return codes, torch.randint(
+            middle - 2, middle + 2, (E, n, k // 32), dtype=torch.uint8, generator=g
+        )
 
     gate_up, gate_up_scale = weight(2 * inner, H)
     down, down_scale = weight(H, inner)
@@ -60,7 +65,11 @@ def make_experts(E, H, inner, bf16=False, seed=0):
 def make_inputs(T, E, H, seed=0):
     g = torch.Generator().manual_seed(seed + 100)
     x = torch.randn(T, H, generator=g) * torch.randn(T, 1, generator=g).exp()
-    return (x.bfloat16(), (torch.randn(E, H, generator=g) * H**-0.5).bfloat16(), torch.randn(E, generator=g).bfloat16())
+    return (
+        x.bfloat16(),
+        (torch.randn(E, H, generator=g) * H**-0.5).bfloat16(),
+        torch.randn(E, generator=g).bfloat16(),
+    )
 
 
 def reference(x, router_weight, router_bias, experts, top_k, activations):
@@ -79,8 +88,9 @@ def rounded_rows(x, router_weight, router_bias, experts, top_k, activations):
         token, slot = (chosen == e).nonzero(as_tuple=True)
         only_e = (torch.arange(len(router_bias)) == e).float()
         with see if activations == "bf16" else contextlib.nullcontext():
-            rows[token, slot] = reference(x[token].float(), torch.zeros_like(router_weight), only_e, experts, 1,
-                                          activations)
+            rows[token, slot] = reference(
+                x[token].float(), torch.zeros_like(router_weight), only_e, experts, 1, activations
+            )
     return (rows * gates[..., None]).bfloat16().float().sum(1).bfloat16().float()
 
 
@@ -91,10 +101,14 @@ def relative_error(got, want):
 def check(got, *layer):
     """got against the oracles of a layer: (x, router_weight, router_bias, experts, top_k, activations)."""
     want = reference(*layer)
-    if len(got) > DECODE_TOKENS and layer[4] > 1:  # a single weighted row rounds once, as its sum does
+    if (
+        len(got) > DECODE_TOKENS and layer[4] > 1
+    ):  # a single weighted row rounds once, as its sum does
         assert (error := relative_error(got, want)) <= CONTRACT, f"relative L2 error {error:.2e}"
         want = rounded_rows(*layer)
-    assert (error := relative_error(got, want)) <= SAME_ROUNDINGS, f"relative L2 error {error:.2e}, same roundings"
+    assert (error := relative_error(got, want)) <= SAME_ROUNDINGS, (
+        f"relative L2 error {error:.2e}, same roundings"
+    )
 
 
 def run_layer(inputs, experts, top_k, activations, **emulate):
@@ -113,13 +127,16 @@ def run(T, E, H, inner, top_k, activations, seed=0, **emulate):
 
 # -- packing ----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("activations", ["bf16", "mxfp8"])
 @pytest.mark.parametrize("H, inner", [(192, 160), (64, 32), (2880, 96)])
 def test_unpack_inverts_pack(activations, H, inner):
     experts = make_experts(3, H, inner, activations == "bf16")
     packed = prepare(experts, activations)
-    for got, weight, scale in ((packed.gate_up, experts.gate_up_weight, experts.gate_up_scale),
-                               (packed.down, experts.down_weight, experts.down_scale)):
+    for got, weight, scale in (
+        (packed.gate_up, experts.gate_up_weight, experts.gate_up_scale),
+        (packed.down, experts.down_weight, experts.down_scale),
+    ):
         unpacked, unpacked_scale = got.unpack()
         assert torch.equal(unpacked, weight)
         assert scale is None or torch.equal(unpacked_scale, scale)
@@ -129,7 +146,9 @@ def test_packed_bytes_are_where_the_comment_draws_them():
     experts = make_experts(2, 192, 160)
     packed = prepare(experts, "mxfp8").gate_up
     data, scale = packed.data.view(2, -1), packed.scale.view(2, -1)
-    for e, n, k in torch.cartesian_prod(torch.arange(2), torch.arange(320), torch.arange(0, 192, 2)).tolist()[::37]:
+    for e, n, k in torch.cartesian_prod(
+        torch.arange(2), torch.arange(320), torch.arange(0, 192, 2)
+    ).tolist()[::37]:
         block, t, g, i = n // 64, n // 16 % 4, n // 4 % 4, n % 4
         column = 64 * block + 16 * g + 4 * t + i  # at position n
         at = n // 16 * 16 * 192 // 2 + k // 32 * 256 + n % 16 * 16 + k % 32 // 2
@@ -174,14 +193,30 @@ def test_moe_refuses_what_the_kernels_do_not_take():
 
 # -- routing ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("T, E, top_k", [(1, 8, 4), (16, 8, 8), (5, 32, 4), (16, 128, 4), (13, 128, 8), (3, 128, 1),
-                                         (7, 8, 3), (2, 5, 2), (17, 8, 4), (40, 128, 8), (33, 5, 3), (130, 32, 1)])
+
+@pytest.mark.parametrize(
+    "T, E, top_k",
+    [
+        (1, 8, 4),
+        (16, 8, 8),
+        (5, 32, 4),
+        (16, 128, 4),
+        (13, 128, 8),
+        (3, 128, 1),
+        (7, 8, 3),
+        (2, 5, 2),
+        (17, 8, 4),
+        (40, 128, 8),
+        (33, 5, 3),
+        (130, 32, 1),
+    ],
+)
 def test_routing(T, E, top_k):
     """Selection, gates, places and tiles, with ties in every row: experts come in pairs of equal router rows."""
     H = 96
     x, router_weight, router_bias = make_inputs(T, E, H)
-    router_weight[1::2] = router_weight[::2][:E // 2]
-    router_bias[1::2] = router_bias[::2][:E // 2]
+    router_weight[1::2] = router_weight[::2][: E // 2]
+    router_bias[1::2] = router_bias[::2][: E // 2]
     packed = prepare(make_experts(E, H, 32), "mxfp8")
     with gfx950.emulate():
         routing = moe_gluon.gating_gemm(x, router_weight, router_bias, packed, top_k)
@@ -192,12 +227,15 @@ def test_routing(T, E, top_k):
     torch.testing.assert_close(routing.gates[:, :top_k], want[:, :top_k].softmax(-1))
     expert_of_row, rows = chosen[:, :top_k].flatten().sort(stable=True)
     rows = rows // top_k * slots + rows % top_k
-    assert torch.equal(routing.rows[:len(rows)].long(), rows)
+    assert torch.equal(routing.rows[: len(rows)].long(), rows)
     tiles, place = [], 0
     for e, count in zip(*expert_of_row.unique(return_counts=True), strict=True):
-        tiles += [(int(e), place + i, min(routing.BM, int(count) - i)) for i in range(0, int(count), routing.BM)]
+        tiles += [
+            (int(e), place + i, min(routing.BM, int(count) - i))
+            for i in range(0, int(count), routing.BM)
+        ]
         place += int(count)
-    assert routing.tiles[:int(routing.num_tiles), :3].tolist() == [list(t) for t in tiles]
+    assert routing.tiles[: int(routing.num_tiles), :3].tolist() == [list(t) for t in tiles]
     assert int(packed.arrived) == 0
 
 
@@ -232,12 +270,17 @@ def test_quantised_activations_are_the_oracles_bits(activations):
     experts = make_experts(4, H, 32)
     x, (_, router_weight, router_bias) = extremes(H), make_inputs(16, 4, H)
     with gfx950.emulate():
-        routing = moe_gluon.gating_gemm(x, router_weight, router_bias, prepare(experts, activations), 2)
+        routing = moe_gluon.gating_gemm(
+            x, router_weight, router_bias, prepare(experts, activations), 2
+        )
     if activations == "mxfp4":
-        got = gptoss.dequantise_mxfp4(routing.x, routing.x_scale[:, :H // 32])
+        got = gptoss.dequantise_mxfp4(routing.x, routing.x_scale[:, : H // 32])
     else:
-        scale = experts.gate_up_input_scale if activations == "fp8" else \
-            gptoss.E8M0[routing.x_scale[:, :H // 32].long()].repeat_interleave(32, 1)
+        scale = (
+            experts.gate_up_input_scale
+            if activations == "fp8"
+            else gptoss.E8M0[routing.x_scale[:, : H // 32].long()].repeat_interleave(32, 1)
+        )
         got = routing.x.view(torch.float8_e4m3fn).float() * scale
     assert torch.equal(got, gptoss.as_seen(x, activations, experts.gate_up_input_scale))
 
@@ -247,7 +290,9 @@ def e5m2_of(x, activations, static):
     if activations == "fp8_e5m2":
         return (x / static).clamp(-57344, 57344).to(torch.float8_e5m2)
     groups = x.unflatten(-1, (-1, 32))
-    exponent = ((groups.abs().amax(-1, keepdim=True).view(torch.int32) >> 23) - 127 - 15).clamp(-127, 127)
+    exponent = ((groups.abs().amax(-1, keepdim=True).view(torch.int32) >> 23) - 127 - 15).clamp(
+        -127, 127
+    )
     return torch.ldexp(groups, -exponent).clamp(-57344, 57344).to(torch.float8_e5m2).flatten(-2)
 
 
@@ -267,7 +312,10 @@ def test_e5m2(activations, monkeypatch):
         if activations == "fp8_e5m2":
             return q * static
         bits = x.float().unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True).view(torch.int32)
-        return torch.ldexp(q.unflatten(-1, (-1, 32)), ((bits >> 23) - 142).clamp(-127, 127)).flatten(-2)
+        return torch.ldexp(
+            q.unflatten(-1, (-1, 32)), ((bits >> 23) - 142).clamp(-127, 127)
+        ).flatten(-2)
+
     monkeypatch.setattr(gptoss, "as_seen", as_seen)
     inputs = make_inputs(5, 4, H)
     with gfx950.emulate():
@@ -277,13 +325,22 @@ def test_e5m2(activations, monkeypatch):
 
 # -- the layer ----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("activations", ORACLE)
-@pytest.mark.parametrize("T, E, H, inner, top_k", [
-    (1, 8, 192, 160, 4),  # neither is a multiple of 64, of 128, of a step of all waves
-    (3, 8, 160, 192, 4), (16, 8, 192, 160, 4), (2, 4, 32, 32, 2),  # fewer K than one wave takes
-    (5, 128, 96, 64, 8), (4, 32, 1056, 544, 1), (16, 5, 64, 96, 3),
-    (17, 8, 192, 160, 4), (70, 8, 160, 192, 4),  # above the decode regime
-])
+@pytest.mark.parametrize(
+    "T, E, H, inner, top_k",
+    [
+        (1, 8, 192, 160, 4),  # neither is a multiple of 64, of 128, of a step of all waves
+        (3, 8, 160, 192, 4),
+        (16, 8, 192, 160, 4),
+        (2, 4, 32, 32, 2),  # fewer K than one wave takes
+        (5, 128, 96, 64, 8),
+        (4, 32, 1056, 544, 1),
+        (16, 5, 64, 96, 3),
+        (17, 8, 192, 160, 4),
+        (70, 8, 160, 192, 4),  # above the decode regime
+    ],
+)
 def test_tails(T, E, H, inner, top_k, activations):
     run(T, E, H, inner, top_k, activations)
 
@@ -292,24 +349,48 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("T, activations", [
-    (1, "bf16"), (1, "mxfp8"), (2, "mxfp4"), (16, "fp8"), slow(1, "fp8"), slow(1, "mxfp4"), slow(2, "mxfp8"),
-    slow(3, "mxfp8"), slow(8, "mxfp8"), slow(16, "bf16"), slow(16, "mxfp8"), slow(16, "mxfp4")])
+@pytest.mark.parametrize(
+    "T, activations",
+    [
+        (1, "bf16"),
+        (1, "mxfp8"),
+        (2, "mxfp4"),
+        (16, "fp8"),
+        slow(1, "fp8"),
+        slow(1, "mxfp4"),
+        slow(2, "mxfp8"),
+        slow(3, "mxfp8"),
+        slow(8, "mxfp8"),
+        slow(16, "bf16"),
+        slow(16, "mxfp8"),
+        slow(16, "mxfp4"),
+    ],
+)
 def test_full_size(T, activations):
     """H = I = 2880, 22.5 steps of K."""
     run(T, 8, 2880, 2880, 4, activations)
 
 
-@pytest.mark.parametrize("T, activations", [(17, "mxfp8"), slow(64, "bf16"), slow(129, "fp8"), slow(129, "mxfp4"),
-                                            slow(512, "mxfp8")])
+@pytest.mark.parametrize(
+    "T, activations",
+    [(17, "mxfp8"), slow(64, "bf16"), slow(129, "fp8"), slow(129, "mxfp4"), slow(512, "mxfp8")],
+)
 def test_prefill_at_full_size(T, activations):
     """H = I = 2880, every row through each of 4 experts."""
     run(T, 4, 2880, 2880, 4, activations)
 
 
-@pytest.mark.parametrize("T, H, inner, activations", [
-    *(slow(64, 288, 2880, a) for a in ORACLE), (64, 2880, 288, "fp8"), slow(512, 2880, 288, "fp8"),
-    slow(512, 2880, 288, "mxfp4"), slow(512, 288, 2880, "mxfp8"), slow(512, 288, 2880, "bf16")])
+@pytest.mark.parametrize(
+    "T, H, inner, activations",
+    [
+        *(slow(64, 288, 2880, a) for a in ORACLE),
+        (64, 2880, 288, "fp8"),
+        slow(512, 2880, 288, "fp8"),
+        slow(512, 2880, 288, "mxfp4"),
+        slow(512, 288, 2880, "mxfp8"),
+        slow(512, 288, 2880, "bf16"),
+    ],
+)
 def test_prefill_at_full_depth(T, H, inner, activations):
     """K = 2880 in one GEMM and fewer columns: the same steps of fewer tiles of the same kind."""
     run(T, 4, H, inner, 4, activations)
@@ -331,26 +412,49 @@ def requested(rows, N, K, activations):
     f = FORMATS[activations]
     bf16 = f.weights == torch.bfloat16
     tiles, blocks, columns = sum(-(-r // 128) for r in rows), -(-N // 256), -(-N // 64) * 64
-    return {"w": tiles * columns * (K * 2 if bf16 else K // 2), "w_scale": 0 if bf16 else tiles * columns * K // 32,
-            "x": sum(rows) * blocks * (K * 2 if bf16 else K // 2 if f.element == "e2m1" else K),
-            "x_scale": sum(rows) * blocks * -(-K // 128) * 4 if f.scale == "mx" else 0}
+    return {
+        "w": tiles * columns * (K * 2 if bf16 else K // 2),
+        "w_scale": 0 if bf16 else tiles * columns * K // 32,
+        "x": sum(rows) * blocks * (K * 2 if bf16 else K // 2 if f.element == "e2m1" else K),
+        "x_scale": sum(rows) * blocks * -(-K // 128) * 4 if f.scale == "mx" else 0,
+    }
 
 
-@pytest.mark.parametrize("H, inner, activations", [
-    *((160, 96, a) for a in ORACLE),  # fewer steps than in flight; the right half of a tile partly filled
-    *((288, 224, a) for a in ORACLE),  # a last block of columns with no right half (32), or a part of it (192)
-    # round the loop once (mxfp4), twice, or 7 times (bf16), in both GEMMs; 6.5 blocks of columns
-    (800, 832, "mxfp8"), slow(800, 832, "fp8"), slow(800, 832, "mxfp4"), slow(800, 832, "bf16"),
-    (2880, 96, "mxfp4"), slow(2880, 96, "fp8"), slow(2880, 96, "mxfp8"), slow(2880, 96, "bf16"),
-])
+@pytest.mark.parametrize(
+    "H, inner, activations",
+    [
+        *(
+            (160, 96, a) for a in ORACLE
+        ),  # fewer steps than in flight; the right half of a tile partly filled
+        *(
+            (288, 224, a) for a in ORACLE
+        ),  # a last block of columns with no right half (32), or a part of it (192)
+        # round the loop once (mxfp4), twice, or 7 times (bf16), in both GEMMs; 6.5 blocks of columns
+        (800, 832, "mxfp8"),
+        slow(800, 832, "fp8"),
+        slow(800, 832, "mxfp4"),
+        slow(800, 832, "bf16"),
+        (2880, 96, "mxfp4"),
+        slow(2880, 96, "fp8"),
+        slow(2880, 96, "mxfp8"),
+        slow(2880, 96, "bf16"),
+    ],
+)
 def test_ragged_splits(H, inner, activations):
     """Experts of no row, of one, of 64 and 65 (a bottom half of one), of several tiles; and the bytes they ask for."""
     inputs, rows = ragged(6, H)
-    _, launches = run_layer(inputs, make_experts(6, H, inner, activations == "bf16"), 2, activations)
+    _, launches = run_layer(
+        inputs, make_experts(6, H, inner, activations == "bf16"), 2, activations
+    )
     for launch, N, K, x in ((launches[3], 2 * inner, H, "x"), (launches[4], H, inner, "h")):
         read = {name: t["read"] for name, t in launch.counters.tensors.items()}
         want = requested(rows, N, K, activations)
-        got = {"w": read["w"], "w_scale": read.get("w_scale", 0), "x": read[x], "x_scale": read.get(x + "_scale", 0)}
+        got = {
+            "w": read["w"],
+            "w_scale": read.get("w_scale", 0),
+            "x": read[x],
+            "x_scale": read.get(x + "_scale", 0),
+        }
         assert got == want, launch.name
 
 
@@ -365,13 +469,26 @@ def test_all_rows_on_one_expert(T):
 
 
 QUICK = [("eager", "skew"), ("random", "lockstep")]  # to be compared with ("lazy", "lockstep")
-REST = [("lazy", "skew"), ("lazy", "random"), ("eager", "lockstep"), ("eager", "random"), ("random", "skew"),
-        ("random", "random")]
+REST = [
+    ("lazy", "skew"),
+    ("lazy", "random"),
+    ("eager", "lockstep"),
+    ("eager", "random"),
+    ("random", "skew"),
+    ("random", "random"),
+]
 
 
-@pytest.mark.parametrize("activations, T, modes", [
-    ("mxfp8", 6, QUICK), ("mxfp4", 16, QUICK), slow("bf16", 6, QUICK + REST), slow("mxfp8", 6, REST),
-    slow("mxfp4", 16, REST)])
+@pytest.mark.parametrize(
+    "activations, T, modes",
+    [
+        ("mxfp8", 6, QUICK),
+        ("mxfp4", 16, QUICK),
+        slow("bf16", 6, QUICK + REST),
+        slow("mxfp8", 6, REST),
+        slow("mxfp4", 16, REST),
+    ],
+)
 def test_same_bits_under_every_timing_and_schedule(activations, T, modes):
     want, _ = run(T, 8, 192, 160, 4, activations)
     for timing, schedule in modes:
@@ -402,21 +519,29 @@ def test_same_bits_at_full_size(timing, schedule):
 
 
 @pytest.mark.parametrize("activations", ["mxfp8", "bf16"])
-@pytest.mark.parametrize("sizes", [(1, 2, 7, 16), (17, 40, 300)])  # decode; above, with both heights of tile
+@pytest.mark.parametrize(
+    "sizes", [(1, 2, 7, 16), (17, 40, 300)]
+)  # decode; above, with both heights of tile
 def test_a_token_does_not_see_its_batch(sizes, activations):
     experts = make_experts(8, 192, 160, activations == "bf16")
-    packed, (x, router_weight, router_bias) = prepare(experts, activations), make_inputs(max(sizes), 8, 192)
+    packed, (x, router_weight, router_bias) = (
+        prepare(experts, activations),
+        make_inputs(max(sizes), 8, 192),
+    )
     with gfx950.emulate():
         results = [moe(x[-T:], router_weight, router_bias, packed, 4) for T in sizes]
     for T, y in zip(sizes, results, strict=True):
-        assert torch.equal(y[-sizes[0]:], results[0]), f"{T} tokens against {sizes[0]}"
+        assert torch.equal(y[-sizes[0] :], results[0]), f"{T} tokens against {sizes[0]}"
 
 
 class NoHostReads(TorchDispatchMode):
     """Raises for every operator that needs a tensor's values on the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(s in str(func) for s in ("_local_scalar_dense", "nonzero", "equal", "_to_copy", "unique", "item")):
+        if any(
+            s in str(func)
+            for s in ("_local_scalar_dense", "nonzero", "equal", "_to_copy", "unique", "item")
+        ):
             raise AssertionError(f"{func} reads device data")
         return func(*args, **(kwargs or {}))
 
@@ -432,12 +557,13 @@ def test_nothing_is_read_back_to_the_host(T):
 
 # -- public mistakes ------------------------------------------------------------------------------------------------
 
+
 def guarded(tensor):
     """The same values at the start of a larger storage whose rest is NaN (or 0xFF): a read past the end is seen."""
     beyond = float("nan") if tensor.dtype.is_floating_point else 255
     storage = torch.full((tensor.numel() + 4096,), beyond, dtype=tensor.dtype)
-    storage[:tensor.numel()] = tensor.flatten()
-    return storage[:tensor.numel()].view(tensor.shape)
+    storage[: tensor.numel()] = tensor.flatten()
+    return storage[: tensor.numel()].view(tensor.shape)
 
 
 @pytest.mark.parametrize("T", [3, 40])
@@ -475,9 +601,16 @@ def test_combine_sums_over_the_slots(T):
     torch.testing.assert_close(got.float(), want[:, None].expand(T, 64), rtol=rounding, atol=0)
 
 
-@pytest.mark.parametrize("target, supported", [
-    (("hip", "gfx950", 64), True), (("hip", "gfx942", 64), False), (("hip", "gfx90a", 64), False),
-    (("hip", "gfx1250", 32), False), (("cuda", 90, 32), False)])
+@pytest.mark.parametrize(
+    "target, supported",
+    [
+        (("hip", "gfx950", 64), True),
+        (("hip", "gfx942", 64), False),
+        (("hip", "gfx90a", 64), False),
+        (("hip", "gfx1250", 32), False),
+        (("cuda", 90, 32), False),
+    ],
+)
 def test_only_gfx950_is_supported(target, supported, monkeypatch):
     driver = types.SimpleNamespace(get_current_target=lambda: GPUTarget(*target))
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
@@ -487,7 +620,10 @@ def test_only_gfx950_is_supported(target, supported, monkeypatch):
 def test_no_driver_is_not_supported(monkeypatch):
     def fail():
         raise RuntimeError("0 active drivers ([]). There should only be one.")
-    monkeypatch.setattr(triton.runtime.driver, "_active", types.SimpleNamespace(get_current_target=fail))
+
+    monkeypatch.setattr(
+        triton.runtime.driver, "_active", types.SimpleNamespace(get_current_target=fail)
+    )
     assert not moe_gluon.is_supported()
 
 
@@ -504,6 +640,7 @@ def test_fp8_casts_saturate(activations):
 
 # -- profiles and waits -----------------------------------------------------------------------------------------------
 
+
 def placeholder(E, activations, H=2880, inner=2880) -> PackedExperts:
     """Packed experts of 120b or 20b sizes, untouched memory."""
     f = FORMATS[activations]
@@ -516,7 +653,9 @@ def placeholder(E, activations, H=2880, inner=2880) -> PackedExperts:
             scale = torch.empty(E, -(-N // 64), K // 32, 16, 4, dtype=f.weights)
         return PackedWeight(data, scale, torch.empty(E, N), 1.0, N, K)
 
-    return PackedExperts(weight(2 * inner, H), weight(H, inner), activations, torch.zeros(1, dtype=torch.int32))
+    return PackedExperts(
+        weight(2 * inner, H), weight(H, inner), activations, torch.zeros(1, dtype=torch.int32)
+    )
 
 
 @pytest.mark.parametrize("E", [32, 128])
@@ -534,7 +673,9 @@ def test_profiles(activations, E):
             p = launch.profile
             if not PINNED and launch.name.startswith("prefill_"):
                 continue
-            assert p["sgpr_spills"] == p["vgpr_spills"] == p["scratch"] == 0, f"{launch.name} at {T}: {p}"
+            assert p["sgpr_spills"] == p["vgpr_spills"] == p["scratch"] == 0, (
+                f"{launch.name} at {T}: {p}"
+            )
             assert p["lds"] <= 80 * 1024 and p["occupancy"] >= 2, f"{launch.name}: {p}"
 
 
@@ -549,7 +690,7 @@ def loops(text):
     labels, bodies = {line[:-1]: i for i, line in enumerate(lines) if line.startswith(".LBB")}, {}
     for i, line in enumerate(lines):
         if (m := re.match(r"s_c?branch\S*\s+(\.LBB\w+)", line)) and labels[m[1]] < i:
-            bodies[m[1]] = lines[labels[m[1]]:i + 1]
+            bodies[m[1]] = lines[labels[m[1]] : i + 1]
     return [body for body in bodies.values() if any(line.startswith("v_mfma") for line in body)]
 
 
@@ -561,7 +702,11 @@ def after_last_drain(text):
     """(matrix instructions after the last wait for all loads that has one before it, matrix instructions)."""
     lines = instructions(text)
     products = [i for i, line in enumerate(lines) if line.startswith("v_mfma")]
-    drains = [i for i, line in enumerate(lines) if products[0] < i < products[-1] and vmcnts([line]) == [0]]
+    drains = [
+        i
+        for i, line in enumerate(lines)
+        if products[0] < i < products[-1] and vmcnts([line]) == [0]
+    ]
     return sum(i > max(drains, default=len(lines)) for i in products), len(products)
 
 
@@ -569,10 +714,21 @@ def compiled(name, T, activations, monkeypatch):
     """One kernel of a layer of 120b size, as `kernel[grid](...)` returned it."""
     kernel, results = getattr(moe_gluon, name), []
     original = kernel.run
-    monkeypatch.setattr(kernel, "run", lambda *args, **kwargs: results.append(original(*args, **kwargs)))
-    packed, router_weight = placeholder(128, activations), torch.empty(128, 2880, dtype=torch.bfloat16)
+    monkeypatch.setattr(
+        kernel, "run", lambda *args, **kwargs: results.append(original(*args, **kwargs))
+    )
+    packed, router_weight = (
+        placeholder(128, activations),
+        torch.empty(128, 2880, dtype=torch.bfloat16),
+    )
     with gfx950.compile_only():
-        moe(torch.empty(T, 2880, dtype=torch.bfloat16), router_weight, router_weight[:, 0].contiguous(), packed, 4)
+        moe(
+            torch.empty(T, 2880, dtype=torch.bfloat16),
+            router_weight,
+            router_weight[:, 0].contiguous(),
+            packed,
+            4,
+        )
     return results[0]
 
 
@@ -589,7 +745,9 @@ def test_the_queue_of_loads_never_drains(activations, monkeypatch):
     assert not loops(dispatch.asm["amdgcn"])
     assert 0 < after_drain <= 8 and products >= 24  # 4 tiles of a step, or 2 x 4 of bf16
     # of mx activations one scale byte a step; those of weights are a dword for four tiles
-    assert len(re.findall("buffer_load_ubyte", dispatch.asm["amdgcn"])) == (6 if activations[:2] == "mx" else 0)
+    assert len(re.findall("buffer_load_ubyte", dispatch.asm["amdgcn"])) == (
+        6 if activations[:2] == "mx" else 0
+    )
     assert moe_gluon.assert_no_spills(dispatch).occupancy >= 2
 
 
@@ -628,20 +786,25 @@ def test_the_prefill_loop(activations, kernel, monkeypatch):
         assert len(products) == 8 and products[0] > max(memory)
     copies = [line for line in body if re.match(r"buffer_load.* lds$", line)]
     assert len(copies) == ring * sum(groups)
-    assert not [line for line in body if line.startswith(("scratch", "ds_write", "global", "buffer_store"))]
+    assert not [
+        line for line in body if line.startswith(("scratch", "ds_write", "global", "buffer_store"))
+    ]
     assert len([line for line in body if line.startswith("buffer_load")]) == len(copies)
 
 
 # -- counters ---------------------------------------------------------------------------------------------------------
+
 
 def random_experts(E, activations, H=2880, inner=2880) -> PackedExperts:
     """`placeholder` filled with random weights, 8 distinct experts, repeated."""
     packed = placeholder(E, activations, H, inner)
     for w in (packed.gate_up, packed.down):
         distinct = w.data[:8].view(torch.uint8)
-        distinct.copy_(torch.randint(0, 256 if w.scale is not None else 60, distinct.shape, dtype=torch.uint8))
+        distinct.copy_(
+            torch.randint(0, 256 if w.scale is not None else 60, distinct.shape, dtype=torch.uint8)
+        )
         for i in range(8, E, 8):
-            w.data[i:i + 8].view(torch.uint8).copy_(distinct)
+            w.data[i : i + 8].view(torch.uint8).copy_(distinct)
         if w.scale is not None:
             w.scale.random_(118, 122)
         w.bias.normal_()
@@ -657,7 +820,12 @@ def count(T, activations, E=128):
         routing = moe_gluon.gating_gemm(x, router_weight, router_bias, packed, 4)
         moe_gluon.combine(*moe_gluon.dispatch_swiglu(routing, packed), routing, packed)
     active = int(routing.num_tiles)
-    minimum = active * (packed.gate_up.N + packed.down.N) * 2880 * (2 if f.weights == torch.bfloat16 else 17 / 32)
+    minimum = (
+        active
+        * (packed.gate_up.N + packed.down.N)
+        * 2880
+        * (2 if f.weights == torch.bfloat16 else 17 / 32)
+    )
     requested = {"weights": 0, "others": 0}
     flight = {}
     for launch in gpu.launches:
@@ -668,17 +836,38 @@ def count(T, activations, E=128):
         # resident on a CU: what its 4 SIMDs hold, in whole workgroups, or what there is for 256 CUs
         resident = min(launch.profile["occupancy"] * 4 // waves * waves, workgroups * waves / 256)
         flight[launch.name] = workgroups, resident * launch.counters.peak_bytes_in_flight / 1024
-    return active, len(gpu.launches), requested["weights"] / minimum, requested["others"] / minimum, flight
+    return (
+        active,
+        len(gpu.launches),
+        requested["weights"] / minimum,
+        requested["others"] / minimum,
+        flight,
+    )
 
 
-@pytest.mark.parametrize("T, activations", [(1, "fp8"), (1, "mxfp8"), (4, "mxfp8"), slow(4, "fp8"), slow(8, "fp8"),
-                                            slow(16, "fp8"), slow(8, "mxfp8"), slow(16, "mxfp8")])
+@pytest.mark.parametrize(
+    "T, activations",
+    [
+        (1, "fp8"),
+        (1, "mxfp8"),
+        (4, "mxfp8"),
+        slow(4, "fp8"),
+        slow(8, "fp8"),
+        slow(16, "fp8"),
+        slow(8, "mxfp8"),
+        slow(16, "mxfp8"),
+    ],
+)
 def test_decode_counters(T, activations):
     """The columns of the README's table, at least as good as asked."""
     active, launches, weight_bytes, other_bytes, flight = count(T, activations)
-    print(f"\n{activations}, {T} tokens, {active} experts: {launches} launches, weights x {weight_bytes:.4f}, all else "
-          f"x {other_bytes:.3f} of the minimum; " + "; ".join(f"{k} {w} workgroups, {f:.0f} KB in flight a CU"
-                                                             for k, (w, f) in flight.items()))
+    print(
+        f"\n{activations}, {T} tokens, {active} experts: {launches} launches, weights x {weight_bytes:.4f}, all else "
+        f"x {other_bytes:.3f} of the minimum; "
+        + "; ".join(
+            f"{k} {w} workgroups, {f:.0f} KB in flight a CU" for k, (w, f) in flight.items()
+        )
+    )
     assert launches == 3 and weight_bytes <= 1.02 and other_bytes <= (0.5 if T == 1 else 0.3)
     for name in ("dispatch_kernel", "combine_kernel"):
         assert flight[name][0] >= 256 and flight[name][1] >= 32
@@ -687,12 +876,17 @@ def test_decode_counters(T, activations):
 def full_tiles(activations):
     """The prefill GEMMs at K = 2880 on one tile of 128 rows times 2048 columns, 8 workgroups all of whose quadrants are
     full -> their launches."""
-    dispatch, combine = random_experts(1, activations, 2880, 1024), random_experts(1, activations, 2048, 2880)
+    dispatch, combine = (
+        random_experts(1, activations, 2880, 1024),
+        random_experts(1, activations, 2048, 2880),
+    )
     with gfx950.emulate() as gpu:
         routing = moe_gluon.gating_gemm(*make_inputs(128, 1, 2880), dispatch, 1)
         routing.tiles = routing.tiles[:1]  # the one tile there is: no workgroup without work
         moe_gluon.dispatch_swiglu(routing, dispatch)
-        moe_gluon.combine(routing.x, routing.x_scale, routing, combine)  # x serves as h: it has the size and format
+        moe_gluon.combine(
+            routing.x, routing.x_scale, routing, combine
+        )  # x serves as h: it has the size and format
     return [launch for launch in gpu.launches if launch.name.startswith("prefill")]
 
 
@@ -704,23 +898,48 @@ def figures(launch):
     other, until the matrix pipe, the vector pipe, the issue of all else or LDS is busy throughout. No latencies."""
     c, waves, code = launch.counters, launch.waves, launch.program.code
     body = range(c.loop()["first"], c.loop()["last"] + 1)
-    iterations = int(c.counts[next(pc for pc in body if code[pc].op == "s_barrier")])  # of all waves
-    (inside, in_cycles), each = c.total(body[0], body[-1] + 1, iterations), iterations // waves  # of a wave
+    iterations = int(
+        c.counts[next(pc for pc in body if code[pc].op == "s_barrier")]
+    )  # of all waves
+    (inside, in_cycles), each = (
+        c.total(body[0], body[-1] + 1, iterations),
+        iterations // waves,
+    )  # of a wave
     total = {k: n / waves for k, n in c.cycles.items()}
 
     def others(instructions, divide):  # cycles to issue all but matrix and vector instructions
         return 4 * sum(n for k, n in instructions.items() if k not in ("matrix", "vector")) / divide
 
-    outside = {"at 4": 4 * (c.instructions["vector"] / waves - each * inside["vector"]),
-               "vector": total["vector"] - each * in_cycles["vector"],
-               "others": others(c.instructions, waves) - each * others(inside, 1)}
-    loop = {"matrix": in_cycles["matrix"], "lds": 4 * in_cycles["lds"], "conflicts": 4 * in_cycles["bank conflicts"],
-            "lds reads": 4 * sum(int(c.lds_cycles[pc]) for pc in body if code[pc].op.startswith("ds_")) / iterations,
-            "issue": 4 * inside["vector"] + others(inside, 1)}
+    outside = {
+        "at 4": 4 * (c.instructions["vector"] / waves - each * inside["vector"]),
+        "vector": total["vector"] - each * in_cycles["vector"],
+        "others": others(c.instructions, waves) - each * others(inside, 1),
+    }
+    loop = {
+        "matrix": in_cycles["matrix"],
+        "lds": 4 * in_cycles["lds"],
+        "conflicts": 4 * in_cycles["bank conflicts"],
+        "lds reads": 4
+        * sum(int(c.lds_cycles[pc]) for pc in body if code[pc].op.startswith("ds_"))
+        / iterations,
+        "issue": 4 * inside["vector"] + others(inside, 1),
+    }
     alone = total["matrix"] + outside["vector"] + outside["others"]
-    pair = max(2 * total["matrix"], 2 * total["vector"], 2 * others(c.instructions, waves), 8 * total["lds"], alone)
-    return types.SimpleNamespace(inside=inside, loop=loop, outside=outside, total=total, one=total["matrix"] / alone,
-                                 two=2 * total["matrix"] / pair)
+    pair = max(
+        2 * total["matrix"],
+        2 * total["vector"],
+        2 * others(c.instructions, waves),
+        8 * total["lds"],
+        alone,
+    )
+    return types.SimpleNamespace(
+        inside=inside,
+        loop=loop,
+        outside=outside,
+        total=total,
+        one=total["matrix"] / alone,
+        two=2 * total["matrix"] / pair,
+    )
 
 
 @pinned_compiler
@@ -728,22 +947,30 @@ def figures(launch):
 def test_prefill_counters(activations):
     """The matrix pipe is the largest resource of the loop; a tile's vector work outside it is a small part."""
     if activations == "fp8":  # the first of the table
-        print("\n| a wave, modelled cycles | registers, LDS, waves a SIMD | loop, per 512 of K: matrix | LDS of 4 "
-              "waves: reads, with copies, bank conflicts | issue of all else | copies, LDS reads, waits, vector | "
-              "outside the loop: vector instructions at 4, with transcendentals at 16, issue of others | all of a tile:"
-              " matrix | at best, with one, two workgroups a CU |\n|" + " --- |" * 9)
-        print("| best public Gluon kernel, fp8 gate_up | 443, 139 KB, 1 | 4096 | 1568, -, 512 | - | 36, 72, 9, 114 |"
-              " 11.3k, -, - | 24.0k | 68%, - |")
+        print(
+            "\n| a wave, modelled cycles | registers, LDS, waves a SIMD | loop, per 512 of K: matrix | LDS of 4 "
+            "waves: reads, with copies, bank conflicts | issue of all else | copies, LDS reads, waits, vector | "
+            "outside the loop: vector instructions at 4, with transcendentals at 16, issue of others | all of a tile:"
+            " matrix | at best, with one, two workgroups a CU |\n|" + " --- |" * 9
+        )
+        print(
+            "| best public Gluon kernel, fp8 gate_up | 443, 139 KB, 1 | 4096 | 1568, -, 512 | - | 36, 72, 9, 114 |"
+            " 11.3k, -, - | 24.0k | 68%, - |"
+        )
     for launch in full_tiles(activations):
         n, p = figures(launch), launch.profile
         i, loop, o, matrix = n.inside, n.loop, n.outside, n.total["matrix"]
         per = 512 / (RING[activations] * (32 if activations == "bf16" else 128))  # iterations
-        print(f"| {activations} {launch.name} | {p['vgprs'] + p['agprs']}, {p['lds'] / 1000:.0f} KB, "
-              f"{p['occupancy']} | {per * loop['matrix']:.0f} | {per * loop['lds reads']:.0f}, "
-              f"{per * loop['lds']:.0f}, {per * loop['conflicts']:.0f} | {per * loop['issue']:.0f} | "
-              f"{per * i['copy to lds']:.0f}, {per * i['lds']:.0f}, {per * i['wait']:.0f}, {per * i['vector']:.0f} | "
-              f"{o['at 4']:.0f}, {o['vector']:.0f}, {o['others']:.0f} | {matrix:.0f} | {n.one:.0%}, {n.two:.0%} |")
-        assert loop["matrix"] == 4 * RING[activations] * 8 * (16 if activations in ("bf16", "mxfp4") else 32)
+        print(
+            f"| {activations} {launch.name} | {p['vgprs'] + p['agprs']}, {p['lds'] / 1000:.0f} KB, "
+            f"{p['occupancy']} | {per * loop['matrix']:.0f} | {per * loop['lds reads']:.0f}, "
+            f"{per * loop['lds']:.0f}, {per * loop['conflicts']:.0f} | {per * loop['issue']:.0f} | "
+            f"{per * i['copy to lds']:.0f}, {per * i['lds']:.0f}, {per * i['wait']:.0f}, {per * i['vector']:.0f} | "
+            f"{o['at 4']:.0f}, {o['vector']:.0f}, {o['others']:.0f} | {matrix:.0f} | {n.one:.0%}, {n.two:.0%} |"
+        )
+        assert loop["matrix"] == 4 * RING[activations] * 8 * (
+            16 if activations in ("bf16", "mxfp4") else 32
+        )
         assert loop["conflicts"] == 0
         if activations in ("fp8", "mxfp8"):  # what GPT-OSS runs in; mxfp4 multiplies twice as fast
             assert loop["matrix"] >= 3.5 * loop["lds reads"] and loop["matrix"] >= 2 * loop["issue"]
@@ -763,12 +990,21 @@ def order(tiles, N):
     """(tile, block of 256 columns) that the workgroups of each chiplet take, in order."""
     blocks = -(-N // 256)
     programs = torch.empty(-(-tiles * blocks // 8) * 8, 3, dtype=torch.int32)
-    listed = torch.stack([torch.arange(tiles), torch.zeros(tiles), torch.ones(tiles), torch.zeros(tiles)], 1).int()
+    listed = torch.stack(
+        [torch.arange(tiles), torch.zeros(tiles), torch.ones(tiles), torch.zeros(tiles)], 1
+    ).int()
     with gfx950.emulate():
-        order_kernel[(len(programs),)](programs, listed, torch.tensor([tiles], dtype=torch.int32),
-                                       moe_gluon.Slices(128, N, "e4m3", False, "e2m1", 2), num_warps=1)
+        order_kernel[(len(programs),)](
+            programs,
+            listed,
+            torch.tensor([tiles], dtype=torch.int32),
+            moe_gluon.Slices(128, N, "e4m3", False, "e2m1", 2),
+            num_warps=1,
+        )
     chiplets = [[(t, b) for t, b, count in programs[i::8].tolist() if count] for i in range(8)]
-    assert sorted(sum(chiplets, [])) == [(t, b) for t in range(tiles) for b in range(blocks)]  # all, once
+    assert sorted(sum(chiplets, [])) == [
+        (t, b) for t in range(tiles) for b in range(blocks)
+    ]  # all, once
     return chiplets
 
 
@@ -778,30 +1014,44 @@ def test_prefill_bytes_counters(T):
     test_ragged_splits found exact. What comes from memory is modelled: the L2 of a chiplet keeps what the 64 workgroups
     share that run there at a time, and nothing longer."""
     g = torch.Generator().manual_seed(0)
-    rows = torch.rand(T, 128, generator=g).topk(4).indices.flatten().bincount(minlength=128).tolist()
-    tiles = [(e, min(128, r - i)) for e, r in enumerate(rows) for i in range(0, r, 128)]  # expert, rows
-    print(f"\n{T} tokens, {min(rows)} to {max(rows)} rows an expert, {len(tiles)} tiles\n| GEMM | weights, MB | "
-          "requested / minimum | from memory / minimum | rows, MB | requested | from memory |\n|" + " --- |" * 7)
+    rows = (
+        torch.rand(T, 128, generator=g).topk(4).indices.flatten().bincount(minlength=128).tolist()
+    )
+    tiles = [
+        (e, min(128, r - i)) for e, r in enumerate(rows) for i in range(0, r, 128)
+    ]  # expert, rows
+    print(
+        f"\n{T} tokens, {min(rows)} to {max(rows)} rows an expert, {len(tiles)} tiles\n| GEMM | weights, MB | "
+        "requested / minimum | from memory / minimum | rows, MB | requested | from memory |\n|"
+        + " --- |"
+        * 7
+    )
     for name, N, K in (("gate_up", 5760, 2880), ("down", 2880, 2880)):
         blocks = -(-N // 256)
         columns = [min(256, N - 256 * b) for b in range(blocks)]
         read_columns = read_rows = 0  # from memory
         for chiplet in order(len(tiles), N):
             for i in range(0, len(chiplet), 64):
-                now = chiplet[i:i + 64]
+                now = chiplet[i : i + 64]
                 read_columns += sum(columns[b] for _, b in {(tiles[t][0], b) for t, b in now})
                 read_rows += sum(tiles[t][1] for t in {t for t, _ in now})
         for activations in ("fp8", "mxfp8", "mxfp4"):
-            asked, once = requested(rows, N, K, activations), requested([1] * 128, N, K, activations)
+            asked, once = (
+                requested(rows, N, K, activations),
+                requested([1] * 128, N, K, activations),
+            )
             weights, minimum = asked["w"] + asked["w_scale"], once["w"] + once["w_scale"]
             x = asked["x"] + asked["x_scale"]
-            print(f"| {activations} {name} | {minimum / 1e6:.0f} | {weights / minimum:.3f} | "
-                  f"{read_columns / 128 / N:.3f} | {x / blocks / 1e6:.1f} | {x / 1e6:.0f} | "
-                  f"{x / blocks * read_rows / sum(rows) / 1e6:.0f} |")
+            print(
+                f"| {activations} {name} | {minimum / 1e6:.0f} | {weights / minimum:.3f} | "
+                f"{read_columns / 128 / N:.3f} | {x / blocks / 1e6:.1f} | {x / 1e6:.0f} | "
+                f"{x / blocks * read_rows / sum(rows) / 1e6:.0f} |"
+            )
             assert weights / minimum == len(tiles) / 128 and read_columns <= 1.2 * 128 * N
 
 
 # -- a model --------------------------------------------------------------------------------------------------------
+
 
 def test_tiny_answers_a_prompt_through_the_kernels(monkeypatch):
     """Logits of tiny/ through the kernels against the torch path with the same dtype and activations. The kernels may
@@ -814,15 +1064,24 @@ def test_tiny_answers_a_prompt_through_the_kernels(monkeypatch):
     with gfx950.emulate() as gpu:
         got = gptoss.GPTOSS.from_pretrained(path, moe="gluon").logits(tokens)
     assert sum(launch.name == "prefill_combine_kernel" for launch in gpu.launches) == 4
-    torch_path = gptoss.GPTOSS.from_pretrained(path, dtype=torch.bfloat16, moe="torch", activations="mxfp8")
-    want, exact, g = torch_path.logits(tokens), gptoss.moe_reference, torch.Generator().manual_seed(0)
+    torch_path = gptoss.GPTOSS.from_pretrained(
+        path, dtype=torch.bfloat16, moe="torch", activations="mxfp8"
+    )
+    want, exact, g = (
+        torch_path.logits(tokens),
+        gptoss.moe_reference,
+        torch.Generator().manual_seed(0),
+    )
 
     def noisy(*args, **kwargs):
         y = exact(*args, **kwargs).float()
         noise = torch.randn(y.shape, generator=g)
         return (y + CONTRACT * y.norm() / noise.norm() * noise).bfloat16()
+
     monkeypatch.setattr(gptoss, "moe_reference", noisy)
     allowed = [relative_error(torch_path.logits(tokens), want) for _ in range(3)]
     error = relative_error(got, want)
-    print(f"\nrelative L2 error of the logits {error:.2e}, with noise {', '.join(f'{a:.2e}' for a in allowed)}")
+    print(
+        f"\nrelative L2 error of the logits {error:.2e}, with noise {', '.join(f'{a:.2e}' for a in allowed)}"
+    )
     assert error <= max(allowed)

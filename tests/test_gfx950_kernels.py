@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+import draw_loop
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra import libdevice
 
-import draw_loop
 import gfx950
 from gfx950.asm import parse_instruction
 from gfx950.machine import first_run
@@ -59,13 +59,21 @@ def vector_add():
 
 @triton.jit
 def softmax_kernel(
-    x, out, n, BLOCK: tl.constexpr, LOAD_EXTRA: tl.constexpr, STORE_EXTRA: tl.constexpr, SKIP: tl.constexpr
+    x,
+    out,
+    n,
+    BLOCK: tl.constexpr,
+    LOAD_EXTRA: tl.constexpr,
+    STORE_EXTRA: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     row, i = tl.program_id(0), tl.arange(0, BLOCK)
     v = tl.load(x + row * n + i, mask=i < n + LOAD_EXTRA, other=-float("inf")).to(tl.float32)
     e = tl.exp(v - tl.max(v, 0))
     if row != SKIP:
-        tl.store(out + row * n + i, (e / tl.sum(e, 0)).to(out.dtype.element_ty), mask=i < n + STORE_EXTRA)
+        tl.store(
+            out + row * n + i, (e / tl.sum(e, 0)).to(out.dtype.element_ty), mask=i < n + STORE_EXTRA
+        )
 
 
 def run_softmax(load_extra=0, store_extra=0, skip=-1):
@@ -87,7 +95,9 @@ def layernorm_kernel(x, weight, bias, out, n, eps, BLOCK: tl.constexpr):
     mask = i < n
     v = tl.load(x + row * n + i, mask=mask, other=0.0).to(tl.float32)
     d = tl.where(mask, v - tl.sum(v, 0) / n, 0.0)
-    y = d * tl.rsqrt(tl.sum(d * d, 0) / n + eps) * tl.load(weight + i, mask=mask) + tl.load(bias + i, mask=mask)
+    y = d * tl.rsqrt(tl.sum(d * d, 0) / n + eps) * tl.load(weight + i, mask=mask) + tl.load(
+        bias + i, mask=mask
+    )
     tl.store(out + row * n + i, y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -98,7 +108,11 @@ def layernorm():
         (torch.bfloat16, 2.0**-5),
         (torch.float16, 2.0**-8),
     ):  # 1 ULP near 4
-        x, w, b = torch.randn(7, 200, dtype=dtype), torch.randn(200, dtype=dtype), torch.randn(200, dtype=dtype)
+        x, w, b = (
+            torch.randn(7, 200, dtype=dtype),
+            torch.randn(200, dtype=dtype),
+            torch.randn(200, dtype=dtype),
+        )
         out = torch.empty_like(x)
         layernorm_kernel[(7,)](x, w, b, out, 200, 1e-5, 256)
         yield out, F.layer_norm(x.float(), (200,), w.float(), b.float()).to(dtype), tolerance
@@ -152,21 +166,49 @@ def matmul_kernel(
 def run_matmul(dtype, load_extra=0, store_extra=0, skip=-1, transposed=False, **options):
     m, n, k = 70, 50, 200  # tails in every dimension
     if dtype == torch.int8:
-        a, b = torch.randint(-128, 127, (m, k), dtype=dtype), torch.randint(-128, 127, (k, n), dtype=dtype)
+        a, b = (
+            torch.randint(-128, 127, (m, k), dtype=dtype),
+            torch.randint(-128, 127, (k, n), dtype=dtype),
+        )
     else:
         a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
     b = b.t().contiguous().t() if transposed else b
     c = torch.empty(m, n, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
     matmul_kernel[(triton.cdiv(m, 32) * triton.cdiv(n, 32),)](
-        a, b, c, m, n, k, *a.stride(), *b.stride(), 32, 32, 64, load_extra, store_extra, skip, **options
+        a,
+        b,
+        c,
+        m,
+        n,
+        k,
+        *a.stride(),
+        *b.stride(),
+        32,
+        32,
+        64,
+        load_extra,
+        store_extra,
+        skip,
+        **options,
     )
     expected = a.double() @ b.double()
-    return c, expected, 0 if dtype == torch.int8 else 2.0**-22 * (a.double().abs() @ b.double().abs()).max()
+    return (
+        c,
+        expected,
+        0 if dtype == torch.int8 else 2.0**-22 * (a.double().abs() @ b.double().abs()).max(),
+    )
 
 
 @case
 def matmul():
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2):
+    for dtype in (
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.int8,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ):
         for transposed, shape in ((False, 16), (True, 32)):
             yield run_matmul(dtype, transposed=transposed, matrix_instr_nonkdim=shape)
     yield run_matmul(torch.bfloat16, num_stages=3, num_warps=8)
@@ -203,18 +245,30 @@ def scaled_matmul_kernel(
             k // 32 + tl.arange(0, BK // 32),
         )
         x = tl.load(
-            a + m[:, None] * (K // PA) + ka[None, :], mask=(m[:, None] < M + LOAD_EXTRA) & (ka[None, :] < K // PA)
+            a + m[:, None] * (K // PA) + ka[None, :],
+            mask=(m[:, None] < M + LOAD_EXTRA) & (ka[None, :] < K // PA),
         )
-        y = tl.load(b + n[None, :] * (K // PB) + kb[:, None], mask=(n[None, :] < N) & (kb[:, None] < K // PB))
+        y = tl.load(
+            b + n[None, :] * (K // PB) + kb[:, None],
+            mask=(n[None, :] < N) & (kb[:, None] < K // PB),
+        )
         xs = tl.load(
-            a_scale + m[:, None] * (K // 32) + ks[None, :], mask=(m[:, None] < M) & (ks[None, :] < K // 32), other=0
+            a_scale + m[:, None] * (K // 32) + ks[None, :],
+            mask=(m[:, None] < M) & (ks[None, :] < K // 32),
+            other=0,
         )
         ys = tl.load(
-            b_scale + n[:, None] * (K // 32) + ks[None, :], mask=(n[:, None] < N) & (ks[None, :] < K // 32), other=0
+            b_scale + n[:, None] * (K // 32) + ks[None, :],
+            mask=(n[:, None] < N) & (ks[None, :] < K // 32),
+            other=0,
         )
         acc = tl.dot_scaled(x, xs, FA, y, ys, FB, acc)
     if tl.program_id(1) != SKIP:
-        tl.store(c + m[:, None] * N + n[None, :], acc, mask=(m[:, None] < M) & (n[None, :] < N + STORE_EXTRA))
+        tl.store(
+            c + m[:, None] * N + n[None, :],
+            acc,
+            mask=(m[:, None] < M) & (n[None, :] < N + STORE_EXTRA),
+        )
 
 
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -233,8 +287,14 @@ def random_operand(rows, k, fmt):
     return codes, scale, values.double() * torch.exp2(scale.double() - 127).repeat_interleave(32, 1)
 
 
-def run_scaled_matmul(fa, fb, m=40, n=72, k=288, load_extra=0, store_extra=0, skip=-1, tile=(32, 32, 128), **options):
-    (a, sa, va), (b, sb, vb), c = random_operand(m, k, fa), random_operand(n, k, fb), torch.empty(m, n)
+def run_scaled_matmul(
+    fa, fb, m=40, n=72, k=288, load_extra=0, store_extra=0, skip=-1, tile=(32, 32, 128), **options
+):
+    (a, sa, va), (b, sb, vb), c = (
+        random_operand(m, k, fa),
+        random_operand(n, k, fb),
+        torch.empty(m, n),
+    )
     scaled_matmul_kernel[(triton.cdiv(m, tile[0]), triton.cdiv(n, tile[1]))](
         a, sa, b, sb, c, m, n, k, fa, fb, *tile, load_extra, store_extra, skip, **options
     )
@@ -270,12 +330,22 @@ def attention_kernel(
     acc = tl.zeros((BM, D), tl.float32)
     for start in range(0, tl.minimum(n, (tl.program_id(0) + 1) * BM), BN):
         cols = start + tl.arange(0, BN)
-        key = tl.load(k + head + cols[None, :] * D + d[:, None], mask=cols[None, :] < n + LOAD_EXTRA, other=0.0)
-        s = tl.where((rows[:, None] >= cols[None, :]) & (cols[None, :] < n), tl.dot(query, key) * scale, -float("inf"))
+        key = tl.load(
+            k + head + cols[None, :] * D + d[:, None],
+            mask=cols[None, :] < n + LOAD_EXTRA,
+            other=0.0,
+        )
+        s = tl.where(
+            (rows[:, None] >= cols[None, :]) & (cols[None, :] < n),
+            tl.dot(query, key) * scale,
+            -float("inf"),
+        )
         new_top = tl.maximum(top, tl.max(s, 1))
         p, shrink = tl.exp2(s - new_top[:, None]), tl.exp2(top - new_top)
         total, top = total * shrink + tl.sum(p, 1), new_top
-        value = tl.load(v + head + cols[:, None] * D + d[None, :], mask=cols[:, None] < n, other=0.0)
+        value = tl.load(
+            v + head + cols[:, None] * D + d[None, :], mask=cols[:, None] < n, other=0.0
+        )
         acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None])
     if tl.program_id(0) != SKIP:
         tl.store(
@@ -289,7 +359,9 @@ def run_attention(d=64, load_extra=0, store_extra=0, skip=-1):
     n = 100
     q, k, v = (torch.randn(2, n, d, dtype=torch.bfloat16) for _ in range(3))
     out = torch.empty_like(q)
-    attention_kernel[(4, 2)](q, k, v, out, n, d**-0.5 * math.log2(math.e), d, 32, 32, load_extra, store_extra, skip)
+    attention_kernel[(4, 2)](
+        q, k, v, out, n, d**-0.5 * math.log2(math.e), d, 32, 32, load_extra, store_extra, skip
+    )
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
     return out, expected.bfloat16(), 2.0**-5  # two bf16 ULPs near 2: p and the output are rounded
 
@@ -344,7 +416,14 @@ def linear_recurrence():
 
 @triton.jit
 def sort_kernel(
-    x, out, top, n, BLOCK: tl.constexpr, LOAD_EXTRA: tl.constexpr, STORE_EXTRA: tl.constexpr, SKIP: tl.constexpr
+    x,
+    out,
+    top,
+    n,
+    BLOCK: tl.constexpr,
+    LOAD_EXTRA: tl.constexpr,
+    STORE_EXTRA: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     row, i = tl.program_id(0), tl.arange(0, BLOCK)
     v = tl.load(x + row * n + i, mask=i < n + LOAD_EXTRA, other=-30000)
@@ -371,15 +450,23 @@ def sort_and_topk():
 @triton.jit
 def extremes_kernel(x, largest_at, smallest_at, largest, n, BLOCK: tl.constexpr):
     row, i = tl.program_id(0), tl.arange(0, BLOCK)
-    value, index = tl.max(tl.load(x + row * n + i, mask=i < n, other=-float("inf")), 0, return_indices=True)
+    value, index = tl.max(
+        tl.load(x + row * n + i, mask=i < n, other=-float("inf")), 0, return_indices=True
+    )
     tl.store(largest + row, value)
     tl.store(largest_at + row, index)
-    tl.store(smallest_at + row, tl.argmin(tl.load(x + row * n + i, mask=i < n, other=float("inf")), 0))
+    tl.store(
+        smallest_at + row, tl.argmin(tl.load(x + row * n + i, mask=i < n, other=float("inf")), 0)
+    )
 
 
 @case
 def argmax_argmin():
-    x, at, low = torch.randn(9, 300), torch.empty(9, dtype=torch.int32), torch.empty(9, dtype=torch.int32)
+    x, at, low = (
+        torch.randn(9, 300),
+        torch.empty(9, dtype=torch.int32),
+        torch.empty(9, dtype=torch.int32),
+    )
     x[:, 50] = x[:, 20] = 9  # a tie: the smaller index wins
     top = torch.empty(9)
     extremes_kernel[(9,)](x, at, low, top, 300, 512)
@@ -437,7 +524,10 @@ def paged_kernel(
     for i in range(length + STORE_EXTRA):
         page = tl.load(table + seq * 8 + i // PAGE)
         if i != SKIP:
-            tl.store(out + (seq * length + i) * D + d, tl.load(cache + (page * PAGE + i % PAGE + LOAD_EXTRA) * D + d))
+            tl.store(
+                out + (seq * length + i) * D + d,
+                tl.load(cache + (page * PAGE + i % PAGE + LOAD_EXTRA) * D + d),
+            )
 
 
 def run_paged(load_extra=0, store_extra=0, skip=-1):
@@ -507,7 +597,11 @@ def atomics():
     yield half, torch.full((4,), 32), 0
     yield brain, torch.full((4,), 32), 0
     yield wide, torch.stack([i[r::4].sum() for r in range(4)]) * 1000000007, 0
-    yield torch.cat([double, count, low, bits]), torch.tensor([i.sum(), i.sum(), -127, 2**31 - 1]), 0
+    yield (
+        torch.cat([double, count, low, bits]),
+        torch.tensor([i.sum(), i.sum(), -127, 2**31 - 1]),
+        0,
+    )
     yield cas, torch.where(i % 2 == 0, 7, 0), 0
 
 
@@ -525,11 +619,19 @@ def integer_kernel(a, b, out, n, BLOCK: tl.constexpr):
 def integer_arithmetic():
     for dtype, limit in ((torch.int64, 2**40), (torch.int32, 2**30), (torch.int16, 30000)):
         a = torch.randint(-limit, limit, (300,), dtype=dtype)
-        b = torch.randint(1, limit // 3, (300,), dtype=dtype) * torch.where(torch.rand(300) < 0.5, -1, 1).to(dtype)
+        b = torch.randint(1, limit // 3, (300,), dtype=dtype) * torch.where(
+            torch.rand(300) < 0.5, -1, 1
+        ).to(dtype)
         out = torch.empty(4, 300, dtype=dtype)
         integer_kernel[(3,)](a, b, out, 300, 128)
         q = torch.div(a, b, rounding_mode="trunc")
-        yield out, torch.stack([a * b + q, a - q * b, (a << 3) ^ (b >> 2), torch.where(a > b, a & b, a | b)]), 0
+        yield (
+            out,
+            torch.stack(
+                [a * b + q, a - q * b, (a << 3) ^ (b >> 2), torch.where(a > b, a & b, a | b)]
+            ),
+            0,
+        )
 
 
 @triton.jit
@@ -628,7 +730,9 @@ def division_and_square_root():
     x, y = torch.cat([x, special.repeat(7)]), torch.cat([y, special.repeat_interleave(7)])
     out = torch.empty(2, len(x))
     correctly_rounded_kernel[(6,)](x, y, out, len(x), 128)
-    with np.errstate(all="ignore"):  # numpy, as torch's vectorised square root is off by one ULP at times
+    with np.errstate(
+        all="ignore"
+    ):  # numpy, as torch's vectorised square root is off by one ULP at times
         yield out, torch.from_numpy(np.stack([x.numpy() / y.numpy(), np.sqrt(x.abs().numpy())])), 0
 
 
@@ -645,7 +749,11 @@ def double_kernel(x, out, n, BLOCK: tl.constexpr):
 def double_precision():
     x, out = torch.randn(100, dtype=torch.float64) * 3, torch.empty(3, 100, dtype=torch.float64)
     double_kernel[(1,)](x, out, 100, 128)
-    yield out, torch.stack([x.exp() / (x * x + 1) + x.abs().sqrt(), x.sum() + x * x, x.trunc()]), 1e-12
+    yield (
+        out,
+        torch.stack([x.exp() / (x * x + 1) + x.abs().sqrt(), x.sum() + x * x, x.trunc()]),
+        1e-12,
+    )
 
 
 @triton.jit
@@ -718,7 +826,9 @@ def casts():
             given = v if dtype.is_floating_point else v.nan_to_num().clamp(-100, 100)
             out = torch.empty(len(v), dtype=dtype)
             cast_kernel[(7,)](given, out, len(v), 64)
-            top = {torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344}.get(dtype, math.inf)  # Triton's casts saturate
+            top = {torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344}.get(
+                dtype, math.inf
+            )  # Triton's casts saturate
             yield out, given.float().clamp(-top, top).to(dtype), 0
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         codes, out = torch.arange(256, dtype=torch.uint8).view(dtype), torch.empty(256)
@@ -731,7 +841,9 @@ def transpose_kernel(x, out, M, N, BLOCK: tl.constexpr):
     r = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     c = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     v = tl.load(x + r * N + c, mask=(r < M) & (c < N))
-    tl.store(out + tl.trans(c) * M + tl.trans(r), tl.trans(v), mask=(tl.trans(c) < N) & (tl.trans(r) < M))
+    tl.store(
+        out + tl.trans(c) * M + tl.trans(r), tl.trans(v), mask=(tl.trans(c) < N) & (tl.trans(r) < M)
+    )
 
 
 @case
@@ -767,13 +879,19 @@ def cross_entropy_kernel(x, target, out, n, BLOCK: tl.constexpr):
     top = tl.max(v, 0)
     tl.store(
         out + row,
-        tl.log(tl.sum(tl.exp(v - top), 0)) + top - tl.load(x + row * n + tl.load(target + row)).to(tl.float32),
+        tl.log(tl.sum(tl.exp(v - top), 0))
+        + top
+        - tl.load(x + row * n + tl.load(target + row)).to(tl.float32),
     )
 
 
 @case
 def cross_entropy():
-    x, target, out = torch.randn(20, 1000, dtype=torch.bfloat16), torch.randint(0, 1000, (20,)), torch.empty(20)
+    x, target, out = (
+        torch.randn(20, 1000, dtype=torch.bfloat16),
+        torch.randint(0, 1000, (20,)),
+        torch.empty(20),
+    )
     cross_entropy_kernel[(20,)](x, target, out, 1000, 1024)
     yield out, F.cross_entropy(x.float(), target, reduction="none"), 1e-5
 
@@ -802,13 +920,19 @@ def split_k_kernel(a, b, c, N, K, SPLIT: tl.constexpr, B: tl.constexpr):
     acc = tl.zeros((B, B), tl.float32)
     for k in range(tl.program_id(2) * (K // SPLIT), (tl.program_id(2) + 1) * (K // SPLIT), B):
         kk = k + tl.arange(0, B)
-        acc += tl.dot(tl.load(a + m[:, None] * K + kk[None, :]), tl.load(b + kk[:, None] * N + n[None, :]))
+        acc += tl.dot(
+            tl.load(a + m[:, None] * K + kk[None, :]), tl.load(b + kk[:, None] * N + n[None, :])
+        )
     tl.atomic_add(c + m[:, None] * N + n[None, :], acc)
 
 
 @case
 def split_k():
-    a, b, c = torch.randn(64, 256, dtype=torch.float16), torch.randn(256, 64, dtype=torch.float16), torch.zeros(64, 64)
+    a, b, c = (
+        torch.randn(64, 256, dtype=torch.float16),
+        torch.randn(256, 64, dtype=torch.float16),
+        torch.zeros(64, 64),
+    )
     split_k_kernel[(2, 2, 4)](a, b, c, 64, 256, 4, 32)
     yield c, a.float() @ b.float(), 1e-4
 
@@ -840,7 +964,12 @@ def last_arriver_kernel(x, partial, arrived, out, n, GROUPS: tl.constexpr, BLOCK
 
 @case
 def last_workgroup_reduces():
-    x, partial, arrived, out = torch.randn(2000), torch.empty(32), torch.zeros(1, dtype=torch.int32), torch.empty(1)
+    x, partial, arrived, out = (
+        torch.randn(2000),
+        torch.empty(32),
+        torch.zeros(1, dtype=torch.int32),
+        torch.empty(1),
+    )
     last_arriver_kernel[(32,)](x, partial, arrived, out, 2000, 32, 64)
     yield out, x.sum()[None], 1e-4
 
@@ -876,7 +1005,17 @@ copies = gl.amd.cdna4.async_copy
 
 @gluon.jit
 def pipeline_kernel(
-    a, b, c, M, N, K, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, BUFFERS: gl.constexpr, LOOSE: gl.constexpr
+    a,
+    b,
+    c,
+    M,
+    N,
+    K,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    BUFFERS: gl.constexpr,
+    LOOSE: gl.constexpr,
 ):
     """C = A B^T in bf16 with BUFFERS tiles of direct-to-LDS copies in flight or in use. LOOSE > 0 waits for too few."""
     mma: gl.constexpr = gl.amd.AMDMFMALayout(4, [16, 16, 32], True, [2, 2])
@@ -890,16 +1029,26 @@ def pipeline_kernel(
     k = gl.arange(0, BK, gl.SliceLayout(0, load))[None, :]
     acc = gl.zeros([BM, BN], gl.float32, mma)
     for t in gl.static_range(BUFFERS - 1):
-        copies.buffer_load_to_shared(tile_a.index(t), a, m * K + t * BK + k, mask=(m < M) & (t * BK + k < K))
-        copies.buffer_load_to_shared(tile_b.index(t), b, n * K + t * BK + k, mask=(n < N) & (t * BK + k < K))
+        copies.buffer_load_to_shared(
+            tile_a.index(t), a, m * K + t * BK + k, mask=(m < M) & (t * BK + k < K)
+        )
+        copies.buffer_load_to_shared(
+            tile_b.index(t), b, n * K + t * BK + k, mask=(n < N) & (t * BK + k < K)
+        )
         copies.commit_group()
     for t in range(gl.cdiv(K, BK)):
         copies.wait_group(BUFFERS - 2 + LOOSE)  # the compiler adds the barrier
         x = copies.load_shared_relaxed(tile_a.index(t % BUFFERS), gl.DotOperandLayout(0, mma, 8))
-        y = copies.load_shared_relaxed(tile_b.index(t % BUFFERS).permute([1, 0]), gl.DotOperandLayout(1, mma, 8))
+        y = copies.load_shared_relaxed(
+            tile_b.index(t % BUFFERS).permute([1, 0]), gl.DotOperandLayout(1, mma, 8)
+        )
         u = t + BUFFERS - 1
-        copies.buffer_load_to_shared(tile_a.index(u % BUFFERS), a, m * K + u * BK + k, mask=(m < M) & (u * BK + k < K))
-        copies.buffer_load_to_shared(tile_b.index(u % BUFFERS), b, n * K + u * BK + k, mask=(n < N) & (u * BK + k < K))
+        copies.buffer_load_to_shared(
+            tile_a.index(u % BUFFERS), a, m * K + u * BK + k, mask=(m < M) & (u * BK + k < K)
+        )
+        copies.buffer_load_to_shared(
+            tile_b.index(u % BUFFERS), b, n * K + u * BK + k, mask=(n < N) & (u * BK + k < K)
+        )
         copies.commit_group()
         acc = gl.amd.cdna4.mfma(x, y, acc)
     copies.wait_group(0)
@@ -937,7 +1086,9 @@ def test_loose_wait_passes_eager_and_is_caught_lazy(buffers):
             run_pipeline(buffers, loose=1)
         # by the file's name alone: Triton's cache keeps the folder in which the kernel was first compiled
         source, first = Path(__file__).name, pipeline_kernel.fn.__code__.co_firstlineno
-        lines = [int(x) - first for x in re.findall(rf"{re.escape(source)}:(\d+)", str(fault.value))]
+        lines = [
+            int(x) - first for x in re.findall(rf"{re.escape(source)}:(\d+)", str(fault.value))
+        ]
         body = pipeline_kernel.src.splitlines()
         read, copy = (
             next(i for i, text in enumerate(body) if word in text)
@@ -945,24 +1096,44 @@ def test_loose_wait_passes_eager_and_is_caught_lazy(buffers):
         )
         offset = lines[1] - read  # co_firstlineno counts from the decorator, src from `def`
         assert 0 <= offset <= 1 and lines[0] - offset in (copy, copy + 1), str(fault.value)
-        assert re.search(r"wave \d of workgroup \(\d, \d, 0\), lane \d+, address 0x", str(fault.value))
+        assert re.search(
+            r"wave \d of workgroup \(\d, \d, 0\), lane \d+, address 0x", str(fault.value)
+        )
 
 
 @gluon.jit
 def scaled_pipeline_kernel(
-    a, b, b_scale, c, N, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, LOOSE: gl.constexpr
+    a,
+    b,
+    b_scale,
+    c,
+    N,
+    K: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    LOOSE: gl.constexpr,
 ):
     """C = A (B scaled)^T, A e4m3, B mxfp4 [N, K/2], K a multiple of BK; copies double-buffered, scales in registers."""
     mma: gl.constexpr = gl.amd.AMDMFMALayout(4, [16, 16, 128], True, [1, 4])
-    load_a: gl.constexpr = gl.BlockedLayout([1, 16], [4, 16], [4, 1], [1, 0])  # BK is 256: a wave copies 4 rows
+    load_a: gl.constexpr = gl.BlockedLayout(
+        [1, 16], [4, 16], [4, 1], [1, 0]
+    )  # BK is 256: a wave copies 4 rows
     load_b: gl.constexpr = gl.BlockedLayout([1, 16], [8, 8], [4, 1], [1, 0])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 16)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 16)
     scales: gl.constexpr = gl.amd.cdna4.get_mfma_scale_layout(right, [BN, BK // 32])
-    tile_a = gl.allocate_shared_memory(gl.float8e4nv, [2, BM, BK], gl.SwizzledSharedLayout(16, 1, 4, [1, 0]))
-    tile_b = gl.allocate_shared_memory(gl.uint8, [2, BN, BK // 2], gl.SwizzledSharedLayout(16, 1, 8, [1, 0]))
+    tile_a = gl.allocate_shared_memory(
+        gl.float8e4nv, [2, BM, BK], gl.SwizzledSharedLayout(16, 1, 4, [1, 0])
+    )
+    tile_b = gl.allocate_shared_memory(
+        gl.uint8, [2, BN, BK // 2], gl.SwizzledSharedLayout(16, 1, 8, [1, 0])
+    )
     n0 = gl.program_id(0) * BN
-    m, ka = gl.arange(0, BM, gl.SliceLayout(1, load_a))[:, None], gl.arange(0, BK, gl.SliceLayout(0, load_a))[None, :]
+    m, ka = (
+        gl.arange(0, BM, gl.SliceLayout(1, load_a))[:, None],
+        gl.arange(0, BK, gl.SliceLayout(0, load_a))[None, :],
+    )
     n = (n0 + gl.arange(0, BN, gl.SliceLayout(1, load_b)))[:, None]
     kb = gl.arange(0, BK // 2, gl.SliceLayout(0, load_b))[None, :]
     ns = (n0 + gl.arange(0, BN, gl.SliceLayout(1, scales)))[:, None]
@@ -977,8 +1148,12 @@ def scaled_pipeline_kernel(
         y = copies.load_shared_relaxed(tile_b.index(t % 2).permute([1, 0]), right)
         u = t + 1
         more = u * BK < K
-        copies.buffer_load_to_shared(tile_a.index(u % 2), a, m * K + u * BK + ka, mask=(m >= 0) & more)
-        copies.buffer_load_to_shared(tile_b.index(u % 2), b, n * (K // 2) + u * (BK // 2) + kb, mask=(n >= 0) & more)
+        copies.buffer_load_to_shared(
+            tile_a.index(u % 2), a, m * K + u * BK + ka, mask=(m >= 0) & more
+        )
+        copies.buffer_load_to_shared(
+            tile_b.index(u % 2), b, n * (K // 2) + u * (BK // 2) + kb, mask=(n >= 0) & more
+        )
         copies.commit_group()
         s = gl.amd.cdna4.buffer_load(b_scale, ns * (K // 32) + t * (BK // 32) + ks)
         acc = gl.amd.cdna4.mfma_scaled(x, None, "e4m3", y, s, "e2m1", acc)
@@ -988,7 +1163,10 @@ def scaled_pipeline_kernel(
 
 
 def run_scaled_pipeline(loose=0):
-    (b, scale, values), a = random_operand(256, 768, "e2m1"), torch.randn(32, 768).to(torch.float8_e4m3fn)
+    (b, scale, values), a = (
+        random_operand(256, 768, "e2m1"),
+        torch.randn(32, 768).to(torch.float8_e4m3fn),
+    )
     c = torch.empty(32, 256)
     scaled_pipeline_kernel[(2,)](a, b, scale, c, 256, 768, 32, 128, 256, loose)
     return c, a.double() @ values.T, 2.0**-22 * (a.double().abs() @ values.abs().T).max()
@@ -1114,11 +1292,19 @@ def test_every_wait_one_looser(name):
         list_or_tuple(run())
     program, tried = gpu.launches[0].program, 0
     drain = gpu.launches[0].counters.loop()["last"] if "buffer" in name else len(program.code)
-    for pc, ins in enumerate(program.code[:drain]):  # past its loop a pipeline drains copies that nobody reads
+    for pc, ins in enumerate(
+        program.code[:drain]
+    ):  # past its loop a pipeline drains copies that nobody reads
         for counter, queue in (("vmcnt", "vm"), ("lgkmcnt", "ds")):
             if ins.op == "s_waitcnt" and counter in ins.mods:
                 old = replace(
-                    program, pc, re.sub(rf"{counter}\((\d+)\)", lambda m, c=counter: f"{c}({int(m[1]) + 1})", ins.text)
+                    program,
+                    pc,
+                    re.sub(
+                        rf"{counter}\((\d+)\)",
+                        lambda m, c=counter: f"{c}({int(m[1]) + 1})",
+                        ins.text,
+                    ),
                 )
                 try:
                     found = caught(run, HARD_MODES)
@@ -1130,7 +1316,9 @@ def test_every_wait_one_looser(name):
 
 
 # Triton 3.9 double-buffers the tiles of tl.dot and keeps a barrier that this makes redundant.
-ALL_BARRIERS_NEEDED = ["attention", "layernorm", "top-k"] + ["bf16 matmul"] * triton.__version__.startswith("3.7")
+ALL_BARRIERS_NEEDED = ["attention", "layernorm", "top-k"] + [
+    "bf16 matmul"
+] * triton.__version__.startswith("3.7")
 
 
 @pytest.mark.parametrize("name", ALL_BARRIERS_NEEDED)
@@ -1174,14 +1362,32 @@ def test_counters():
         c, *_ = run_pipeline(3)
     (launch,) = gpu.launches
     counters, m, n, k = launch.counters, 100, 72, 272
-    assert launch.waves == 16 and launch.grid == (2, 2, 1) and launch.profile["lds"] == 3 * 2 * 64 * 64 * 2
-    assert counters.instructions["matrix"] == 16 * 5 * 8  # waves x K tiles x MFMAs of a 32 x 32 x 64 tile
+    assert (
+        launch.waves == 16
+        and launch.grid == (2, 2, 1)
+        and launch.profile["lds"] == 3 * 2 * 64 * 64 * 2
+    )
+    assert (
+        counters.instructions["matrix"] == 16 * 5 * 8
+    )  # waves x K tiles x MFMAs of a 32 x 32 x 64 tile
     assert counters.cycles["matrix"] == 16 * counters.instructions["matrix"]
     a, b, out = (counters.tensors[name] for name in "abc")
-    assert (a["read"], a["read_unique"], a["size"]) == (2 * m * k * 2, m * k * 2, m * k * 2)  # once per column of tiles
+    assert (a["read"], a["read_unique"], a["size"]) == (
+        2 * m * k * 2,
+        m * k * 2,
+        m * k * 2,
+    )  # once per column of tiles
     assert (b["read"], b["read_unique"]) == (2 * n * k * 2, n * k * 2)
-    assert out == {"size": m * n * 4, "read": 0, "read_unique": 0, "write": m * n * 4, "write_unique": m * n * 4}
-    assert counters.peak_bytes_in_flight == 2 * 4 * 1024  # two tiles, four 16-byte copies a lane each
+    assert out == {
+        "size": m * n * 4,
+        "read": 0,
+        "read_unique": 0,
+        "write": m * n * 4,
+        "write_unique": m * n * 4,
+    }
+    assert (
+        counters.peak_bytes_in_flight == 2 * 4 * 1024
+    )  # two tiles, four 16-byte copies a lane each
     loop = counters.loop()
     assert (
         loop["instructions"]["matrix"] == 8
@@ -1203,7 +1409,10 @@ def test_trace(timing, schedule):
         (launch,) = gpu.launches
         code, trace = launch.program.code, launch.trace
         assert trace[0] == 0 and code[trace[-1]].op == "s_endpgm"
-        assert np.bincount(trace).max() in (steps[workgroup], steps[workgroup] + 1)  # the loop's test has one more
+        assert np.bincount(trace).max() in (
+            steps[workgroup],
+            steps[workgroup] + 1,
+        )  # the loop's test has one more
         jumps = {(a, b) for a, b in itertools.pairwise(trace) if b != a + 1}
         assert all(code[a].op.startswith(("s_branch", "s_cbranch")) for a, b in jumps)
         total += np.bincount(trace, minlength=len(code))
@@ -1211,12 +1420,21 @@ def test_trace(timing, schedule):
 
     with gfx950.emulate(timing, schedule, trace=4) as gpu:
         run_pipeline(3)  # 4 workgroups: 0 to 3
-        a, b, c = torch.ones(64, 320).bfloat16(), torch.ones(320, 320).bfloat16(), torch.empty(64, 320)
+        a, b, c = (
+            torch.ones(64, 320).bfloat16(),
+            torch.ones(320, 320).bfloat16(),
+            torch.empty(64, 320),
+        )
         pipeline_kernel[(1, 5)](a, b, c, 64, 320, 320, 64, 64, 64, 3, 0)
     small, large = gpu.launches
     loop = large.counters.loop()
-    assert small.trace == [] and large.trace.count(loop["first"]) == large.trace.count(loop["last"]) == 320 // 64
-    assert np.array_equal(20 * np.bincount(large.trace, minlength=len(large.program.code)), large.counters.counts)
+    assert (
+        small.trace == []
+        and large.trace.count(loop["first"]) == large.trace.count(loop["last"]) == 320 // 64
+    )
+    assert np.array_equal(
+        20 * np.bincount(large.trace, minlength=len(large.program.code)), large.counters.counts
+    )
     with gfx950.emulate(timing, schedule) as gpu:
         run_pipeline(3)
     assert gpu.launches[0].trace is None
@@ -1236,19 +1454,33 @@ def test_draw_loop():
     texts, boxes = ([e for e in root.iter() if e.tag.endswith(tag)] for tag in ("}text", "}rect"))
     shown = [t.text for t in texts]
     assert {"matrix", "LDS", "copy to LDS", "vector ALU", "scalar", "wait, barrier"} < set(shown)
-    assert "global memory" not in shown and "vmcnt(4) lgkmcnt(0)" in shown and any("64 < 65" in text for text in shown)
+    assert (
+        "global memory" not in shown
+        and "vmcnt(4) lgkmcnt(0)" in shown
+        and any("64 < 65" in text for text in shown)
+    )
     assert any("matrix 128," in text for text in shown)  # 8 MFMAs of 16 cycles an iteration
     lefts = [float(b.get("x", 0)) for b in boxes]
-    assert all(x >= 0 and x + float(b.get("width")) <= width for x, b in zip(lefts, boxes, strict=True))
+    assert all(
+        x >= 0 and x + float(b.get("width")) <= width for x, b in zip(lefts, boxes, strict=True)
+    )
     assert all(float(b.get("y", 0)) + float(b.get("height")) <= height for b in boxes)
-    spans = [(x, x + float(b.get("width"))) for x, b in zip(lefts, boxes, strict=True) if b.get("class") == "c0"]
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))  # one matrix pipe
+    spans = [
+        (x, x + float(b.get("width")))
+        for x, b in zip(lefts, boxes, strict=True)
+        if b.get("class") == "c0"
+    ]
+    assert all(
+        end <= start for (_, end), (start, _) in itertools.pairwise(spans)
+    )  # one matrix pipe
     tips = [b[0].text.split()[0] for b in boxes if len(b)]
     loop = launch.counters.loop()
-    body = [ins.op for ins in launch.program.code[loop["first"]:loop["last"] + 1]]
+    body = [ins.op for ins in launch.program.code[loop["first"] : loop["last"] + 1]]
     for op in ("s_barrier", "s_waitcnt", "buffer_load_dwordx4"):  # all of two iterations
         assert tips.count(op) == 2 * body.count(op) > 0
-    assert "test_gfx950_kernels.py:" in svg and str(Path.cwd()) not in svg  # names lines, not this machine's folders
+    assert (
+        "test_gfx950_kernels.py:" in svg and str(Path.cwd()) not in svg
+    )  # names lines, not this machine's folders
     with pytest.raises(SystemExit, match="enters pipeline_kernel's loop 3 times, 4 needed"):
         drawn_pipeline(192)
 
@@ -1284,15 +1516,23 @@ def test_driver_is_restored_and_nests():
 def test_compile_only_needs_no_memory():
     big = torch.empty(1 << 34, device="meta", dtype=torch.bfloat16)
     with gfx950.compile_only() as gpu:
-        pipeline_kernel[(1 << 16, 1)](big, big, big.float(), 1 << 20, 1 << 14, 1 << 14, 64, 64, 64, 3, 0)
+        pipeline_kernel[(1 << 16, 1)](
+            big, big, big.float(), 1 << 20, 1 << 14, 1 << 14, 64, 64, 64, 3, 0
+        )
     (launch,) = gpu.launches
     assert launch.counters is None and launch.grid == (1 << 16, 1, 1) and launch.waves == 4 << 16
-    assert launch.profile["vgpr_spills"] == 0 and launch.profile["vgprs"] > 0 and launch.profile["occupancy"] >= 1
+    assert (
+        launch.profile["vgpr_spills"] == 0
+        and launch.profile["vgprs"] > 0
+        and launch.profile["occupancy"] >= 1
+    )
     assert "compiled only" in gfx950.table(launch)
 
 
 @triton.jit
-def arguments_kernel(out, i8: tl.int8, u16: tl.uint16, i64, f, flag: tl.int1, pair, N: tl.constexpr):
+def arguments_kernel(
+    out, i8: tl.int8, u16: tl.uint16, i64, f, flag: tl.int1, pair, N: tl.constexpr
+):
     tl.store(out, i8)
     tl.store(out + 1, u16)
     tl.store(out + 2, i64)
@@ -1306,7 +1546,14 @@ def test_argument_kinds():
     out = torch.zeros(7, dtype=torch.int64)
     with gfx950.emulate():
         arguments_kernel[(2, 3, 4)](
-            out, -5, 65000, -(1 << 40), 2.625, True, (torch.tensor([40], dtype=torch.int64), 7), 1000
+            out,
+            -5,
+            65000,
+            -(1 << 40),
+            2.625,
+            True,
+            (torch.tensor([40], dtype=torch.int64), 7),
+            1000,
         )
     assert out.tolist() == [-5, 65000, -(1 << 40), 21, 1, 1047, 234]
 
@@ -1316,7 +1563,9 @@ def test_bad_arguments():
         gfx950.emulate(timing="later").__enter__()
     with (
         gfx950.emulate(),
-        pytest.raises(gfx950.GPUFault, match=r"outside every tensor: byte 400 of out, which has 400"),
+        pytest.raises(
+            gfx950.GPUFault, match=r"outside every tensor: byte 400 of out, which has 400"
+        ),
     ):
         add_kernel[(1,)](torch.randn(200), torch.randn(200), torch.empty(100), 200, 256)
 
@@ -1330,11 +1579,16 @@ def test_fault_names_line_wave_lane_address():
     )
     text = str(fault.value)
     assert f"test_gfx950_kernels.py:{line + 1}" in text or f"test_gfx950_kernels.py:{line}" in text
-    assert re.search(r"wave 0 of workgroup \(1, 0, 0\), lane 44, address 0x", text)  # element 300 = 256 + 44
+    assert re.search(
+        r"wave 0 of workgroup \(1, 0, 0\), lane 44, address 0x", text
+    )  # element 300 = 256 + 44
 
 
 def test_empty_tensors_are_poisoned():
     with gfx950.emulate():
-        assert torch.empty(3, 5).isnan().all() and torch.empty_like(torch.zeros(4, dtype=torch.bfloat16)).isnan().all()
+        assert (
+            torch.empty(3, 5).isnan().all()
+            and torch.empty_like(torch.zeros(4, dtype=torch.bfloat16)).isnan().all()
+        )
         assert (torch.empty(4, dtype=torch.int32) == -1).all()
     assert not np.isnan(torch.zeros(3).numpy()).any()

@@ -67,15 +67,36 @@ class Bench:
     """A machine for a few instructions: `v` and `s` preset registers, `spans` tensors, `lds` bytes of local memory."""
 
     def __init__(
-        self, lines, v=None, s=None, spans=(), lds=0, waves=1, timing="lazy", schedule="lockstep", leader=0, scratch=0
+        self,
+        lines,
+        v=None,
+        s=None,
+        spans=(),
+        lds=0,
+        waves=1,
+        timing="lazy",
+        schedule="lockstep",
+        leader=0,
+        scratch=0,
     ):
-        code = [parse_instruction(line, f"line {i}", 64) for i, line in enumerate([*lines, "s_endpgm"])]
+        code = [
+            parse_instruction(line, f"line {i}", 64) for i, line in enumerate([*lines, "s_endpgm"])
+        ]
         directives = {"user_sgpr_count": 2, "agpr_count": 64, "private_segment_fixed_size": scratch}
         directives |= {f"system_sgpr_workgroup_id_{c}": 0 for c in "xyz"}
         program = prepare(Program("bench", code, {}, [], directives, 64))
         counters = [np.zeros(len(code), np.int64) for _ in range(3)]
         self.m = Machine(
-            program, list(spans), 0, (1, 1, 1), waves, lds, timing, schedule, np.random.default_rng(0), counters
+            program,
+            list(spans),
+            0,
+            (1, 1, 1),
+            waves,
+            lds,
+            timing,
+            schedule,
+            np.random.default_rng(0),
+            counters,
         )
         self.m.leader = leader
         self.m.start(np.arange(1))
@@ -120,7 +141,9 @@ def over(text, operands, result=1):
         for i, c in enumerate(columns):
             v[4 + 2 * i], v[5 + 2 * i] = c[row] & 0xFFFFFFFF, c[row] >> np.uint64(32)
         b = Bench([text], v, {106: 0, 107: 0})
-        bits = b.v(0).astype(np.uint64) | (b.v(1).astype(np.uint64) << np.uint64(32) if result == 2 else 0)
+        bits = b.v(0).astype(np.uint64) | (
+            b.v(1).astype(np.uint64) << np.uint64(32) if result == 2 else 0
+        )
         out += bits.tolist()
         flags += [b.s64(106) >> i & 1 for i in range(64)]
     return out[: len(operands)], flags[: len(operands)]
@@ -172,7 +195,9 @@ def permuted_bytes(a, b, sel):
     out = []
     for s in sel.to_bytes(4, "little"):
         word = (b & 0xFFFF, b >> 16, a & 0xFFFF, a >> 16)[s & 3]
-        out.append(source[s] if s < 8 else (255 if word >> 15 else 0) if s < 12 else 0 if s == 12 else 255)
+        out.append(
+            source[s] if s < 8 else (255 if word >> 15 else 0) if s < 12 else 0 if s == 12 else 255
+        )
     return int.from_bytes(out, "little")
 
 
@@ -185,14 +210,22 @@ INTEGER = {
     "v_min3_u32 v0, v4, v6, v8": min,
     "v_med3_u32 v0, v4, v6, v8": lambda *x: sorted(x)[1],
     "v_max3_i32 v0, v4, v6, v8": lambda *x: max(map(signed, x)),
-    "v_mad_i32_i24 v0, v4, v6, v8": lambda a, b, c: signed(a & 0xFFFFFF, 24) * signed(b & 0xFFFFFF, 24) + c,
-    "v_mad_i32_i16 v0, v4, v6, v8": lambda a, b, c: signed(a & 0xFFFF, 16) * signed(b & 0xFFFF, 16) + c,
+    "v_mad_i32_i24 v0, v4, v6, v8": lambda a, b, c: (
+        signed(a & 0xFFFFFF, 24) * signed(b & 0xFFFFFF, 24) + c
+    ),
+    "v_mad_i32_i16 v0, v4, v6, v8": lambda a, b, c: (
+        signed(a & 0xFFFF, 16) * signed(b & 0xFFFF, 16) + c
+    ),
     "v_mad_u16 v0, v4, v6, v8": lambda a, b, c: 0xA5A50000 | (a * b + c & 0xFFFF),
     "v_mad_legacy_u16 v0, v4, v6, v8": lambda a, b, c: a * b + c & 0xFFFF,
-    "v_med3_i16 v0, v4, v6, v8": lambda *x: 0xA5A50000 | sorted(signed(v & 0xFFFF, 16) for v in x)[1] & 0xFFFF,
+    "v_med3_i16 v0, v4, v6, v8": lambda *x: (
+        0xA5A50000 | sorted(signed(v & 0xFFFF, 16) for v in x)[1] & 0xFFFF
+    ),
     "v_med3_u16 v0, v4, v6, v8": lambda *x: 0xA5A50000 | sorted(v & 0xFFFF for v in x)[1],
     "v_ashr_pk_u8_i32 v0, v4, v6, v8": lambda a, b, c: (
-        0xA5A50000 | max(min(signed(a) >> (c & 31), 255), 0) | max(min(signed(b) >> (c & 31), 255), 0) << 8
+        0xA5A50000
+        | max(min(signed(a) >> (c & 31), 255), 0)
+        | max(min(signed(b) >> (c & 31), 255), 0) << 8
     ),
     "v_bitop3_b16 v0, v4, v6, v8 bitop3:0x96": lambda a, b, c: (a ^ b ^ c) & 0xFFFF,
     "v_add_u32_e32 v0, v4, v6": lambda a, b: a + b,
@@ -204,7 +237,9 @@ INTEGER = {
     "v_mul_hi_u32 v0, v4, v6": lambda a, b: a * b >> 32,
     "v_mul_hi_i32 v0, v4, v6": lambda a, b: signed(a) * signed(b) >> 32,
     "v_mul_u32_u24_e32 v0, v4, v6": lambda a, b: (a & 0xFFFFFF) * (b & 0xFFFFFF),
-    "v_mul_i32_i24_e32 v0, v4, v6": lambda a, b: signed(a & 0xFFFFFF, 24) * signed(b & 0xFFFFFF, 24),
+    "v_mul_i32_i24_e32 v0, v4, v6": lambda a, b: (
+        signed(a & 0xFFFFFF, 24) * signed(b & 0xFFFFFF, 24)
+    ),
     "v_and_b32_e32 v0, v4, v6": lambda a, b: a & b,
     "v_or_b32_e32 v0, v4, v6": lambda a, b: a | b,
     "v_xor_b32_e32 v0, v4, v6": lambda a, b: a ^ b,
@@ -225,7 +260,8 @@ INTEGER = {
     "v_ashrrev_i16_e32 v0, v4, v6": lambda a, b: signed(b & 0xFFFF, 16) >> (a & 15) & 0xFFFF,
     "v_cvt_pk_u16_u32 v0, v4, v6": lambda a, b: min(a, 0xFFFF) | min(b, 0xFFFF) << 16,
     "v_cvt_pk_i16_i32 v0, v4, v6": lambda a, b: (
-        (max(min(signed(a), 32767), -32768) & 0xFFFF) | (max(min(signed(b), 32767), -32768) & 0xFFFF) << 16
+        (max(min(signed(a), 32767), -32768) & 0xFFFF)
+        | (max(min(signed(b), 32767), -32768) & 0xFFFF) << 16
     ),
     "v_pack_b32_f16 v0, v4, v6 op_sel:[1,0,0]": lambda a, b: a >> 16 | (b & 0xFFFF) << 16,
     "v_not_b32_e32 v0, v4": lambda a: ~a,
@@ -301,7 +337,10 @@ INT16 = {
 def test_packed_and_single_int16(op):
     """The 16-bit form clears the high half; the packed form works on both halves, here crossed by op_sel."""
     values = [0, 1, 15, 16, 0x7FFF, 0x8000, 0xFFFF, 0x1234]
-    cases = [(a | b << 16, c | d << 16) for a, b, c, d in itertools.product(values[::2], values, values, values[::3])]
+    cases = [
+        (a | b << 16, c | d << 16)
+        for a, b, c, d in itertools.product(values[::2], values, values, values[::3])
+    ]
     fn = INT16[op]
     single, _ = over(f"{op} v0, v4, v6", cases)
     packed, _ = over(f"v_pk_{op[2:]} v0, v4, v6 op_sel:[1,0] op_sel_hi:[0,1]", cases)
@@ -327,7 +366,9 @@ SCALAR = {
     "s_sext_i32_i8 s4, s2": lambda a, b: signed(a & 255, 8),
     "s_sext_i32_i16 s4, s2": lambda a, b: signed(a & 0xFFFF, 16),
     "s_flbit_i32 s4, s2": lambda a, b: leading_copies(a),
-    "s_ff1_i32_b64 s4, s[2:3]": lambda a, b: ((a | b << 32) & -(a | b << 32)).bit_length() - 1 if a | b else -1,
+    "s_ff1_i32_b64 s4, s[2:3]": lambda a, b: (
+        ((a | b << 32) & -(a | b << 32)).bit_length() - 1 if a | b else -1
+    ),
     "s_flbit_i32_b64 s4, s[2:3]": lambda a, b: 64 - (a | b << 32).bit_length() if a | b else -1,
     "s_min_u32 s4, s2, s3": lambda a, b: min(a, b),
     "s_max_u32 s4, s2, s3": lambda a, b: max(a, b),
@@ -360,7 +401,11 @@ def test_scalar_unit(text):
     for i, (x, y) in enumerate(cases):
         first, wide = (2 if "k_i32 s2" in text else 4), "s[4:5]" in text
         got = int(out[first][i]) | (int(out[5][i]) << 32 if wide else 0)
-        assert got == SCALAR[text](x, y) & (1 << 64 if wide else 1 << 32) - 1, (text, hex(x), hex(y))
+        assert got == SCALAR[text](x, y) & (1 << 64 if wide else 1 << 32) - 1, (
+            text,
+            hex(x),
+            hex(y),
+        )
 
 
 def test_scalar_condition_bit():
@@ -383,7 +428,16 @@ def test_scalar_condition_bit():
         assert got.tolist() == [fn(x, y) for x, y in cases], text
 
 
-WIDE = [0, 1, 0xFFFFFFFF, 0x100000000, 0x7FFFFFFFFFFFFFFF, 0x8000000000000000, 0xFFFFFFFFFFFFFFFF, 0x123456789ABCDEF0]
+WIDE = [
+    0,
+    1,
+    0xFFFFFFFF,
+    0x100000000,
+    0x7FFFFFFFFFFFFFFF,
+    0x8000000000000000,
+    0xFFFFFFFFFFFFFFFF,
+    0x123456789ABCDEF0,
+]
 
 
 @pytest.mark.parametrize(
@@ -394,7 +448,10 @@ WIDE = [0, 1, 0xFFFFFFFF, 0x100000000, 0x7FFFFFFFFFFFFFFF, 0x8000000000000000, 0
         ("v_ashrrev_i64 v[0:1], v4, v[6:7]", lambda a, b: signed(b, 64) >> (a & 63)),
         ("v_lshl_add_u64 v[0:1], v[4:5], v6, v[8:9]", lambda a, b, c: (a << (b & 63)) + c),
         ("v_mad_u64_u32 v[0:1], vcc, v4, v6, v[8:9]", lambda a, b, c: (a & M32) * (b & M32) + c),
-        ("v_mad_i64_i32 v[0:1], vcc, v4, v6, v[8:9]", lambda a, b, c: signed(a & M32) * signed(b & M32) + c),
+        (
+            "v_mad_i64_i32 v[0:1], vcc, v4, v6, v[8:9]",
+            lambda a, b, c: signed(a & M32) * signed(b & M32) + c,
+        ),
     ],
 )
 def test_integer64(text, oracle):
@@ -407,11 +464,21 @@ def test_carry_chain():
     """64-bit addition and subtraction by halves, carries through vcc."""
     cases = list(itertools.product(WIDE, repeat=2))
     columns = [lanes64(c)[0] for c in zip(*cases, strict=True)]
-    regs = {4: columns[0] & M32, 5: columns[0] >> np.uint64(32), 6: columns[1] & M32, 7: columns[1] >> np.uint64(32)}
-    for add, low, high in ((1, "v_add_co_u32_e32", "v_addc_co_u32_e32"), (-1, "v_sub_co_u32_e32", "v_subb_co_u32_e32")):
+    regs = {
+        4: columns[0] & M32,
+        5: columns[0] >> np.uint64(32),
+        6: columns[1] & M32,
+        7: columns[1] >> np.uint64(32),
+    }
+    for add, low, high in (
+        (1, "v_add_co_u32_e32", "v_addc_co_u32_e32"),
+        (-1, "v_sub_co_u32_e32", "v_subb_co_u32_e32"),
+    ):
         b = Bench([f"{low} v0, vcc, v4, v6", f"{high} v1, vcc, v5, v7, vcc"], regs)
         got = b.v(0).astype(object) + (b.v(1).astype(object) << 32)
-        assert [int(x) for x in got[: len(cases)]] == [a + add * c & (1 << 64) - 1 for a, c in cases]
+        assert [int(x) for x in got[: len(cases)]] == [
+            a + add * c & (1 << 64) - 1 for a, c in cases
+        ]
 
 
 # ------------------------------------------------------------------------------------------ float instructions
@@ -449,7 +516,9 @@ def exact(fn):
 def test_float_exact(text, oracle):
     rng = np.random.default_rng(1)
     values = F32 if "cvt" not in text else U32
-    near = rng.integers(0x3F000000, 0x40800000, 40).tolist() + rng.integers(0, 0x01000000, 20).tolist()
+    near = (
+        rng.integers(0x3F000000, 0x40800000, 40).tolist() + rng.integers(0, 0x01000000, 20).tolist()
+    )
     count = operand_count(text)
     cases = list(itertools.product(values, repeat=count)) + [
         tuple(rng.choice(near, count).tolist()) for _ in range(600)
@@ -457,13 +526,20 @@ def test_float_exact(text, oracle):
     got, _ = over(text, cases)
     for case, g in zip(cases, got, strict=True):
         expected = oracle(*case)
-        assert expected is None or g == expected, (text, [hex(x) for x in case], hex(g), hex(expected))
+        assert expected is None or g == expected, (
+            text,
+            [hex(x) for x in case],
+            hex(g),
+            hex(expected),
+        )
 
 
 def test_fma_rounds_once():
     """a b + c where rounding the float64 sum first lands on a float32 tie and then goes the wrong way."""
     a, b = 0x3F800001, 0x3F800001  # (1 + u)^2 = 1 + 2u + u^2, u = 2^-23
-    cases = [(a, b, 0x27000000 | i) for i in range(64)] + [(a, a ^ 1 << 31, 0x3F800000 + i) for i in range(64)]
+    cases = [(a, b, 0x27000000 | i) for i in range(64)] + [
+        (a, a ^ 1 << 31, 0x3F800000 + i) for i in range(64)
+    ]
     cases += [(0x4B800001, 0x3F800001, 0xB4000000 + i) for i in range(64)]
     got, _ = over("v_fma_f32 v0, v4, v6, v8", cases)
     for case, g in zip(cases, got, strict=True):
@@ -477,11 +553,20 @@ INF, NINF, NAN, P0, N0, ONE = 0x7F800000, 0xFF800000, 0x7FC00000, 0, 0x80000000,
 @pytest.mark.parametrize(
     "text, cases",
     [
-        ("v_add_f32_e32 v0, v4, v6", [(INF, NINF, NAN), (N0, N0, N0), (N0, P0, P0), (NAN, ONE, NAN), (INF, ONE, INF)]),
+        (
+            "v_add_f32_e32 v0, v4, v6",
+            [(INF, NINF, NAN), (N0, N0, N0), (N0, P0, P0), (NAN, ONE, NAN), (INF, ONE, INF)],
+        ),
         ("v_mul_f32_e32 v0, v4, v6", [(INF, P0, NAN), (N0, ONE, N0), (NINF, NINF, INF)]),
         ("v_mul_legacy_f32_e32 v0, v4, v6", [(INF, P0, P0), (NAN, P0, P0)]),
-        ("v_max_f32_e32 v0, v4, v6", [(P0, N0, P0), (N0, P0, P0), (NAN, ONE, ONE), (ONE, NAN, ONE), (NAN, NAN, NAN)]),
-        ("v_min_f32_e32 v0, v4, v6", [(P0, N0, N0), (N0, P0, N0), (NAN, ONE, ONE), (NINF, ONE, NINF)]),
+        (
+            "v_max_f32_e32 v0, v4, v6",
+            [(P0, N0, P0), (N0, P0, P0), (NAN, ONE, ONE), (ONE, NAN, ONE), (NAN, NAN, NAN)],
+        ),
+        (
+            "v_min_f32_e32 v0, v4, v6",
+            [(P0, N0, N0), (N0, P0, N0), (NAN, ONE, ONE), (NINF, ONE, NINF)],
+        ),
         ("v_maximum3_f32 v0, v4, v6, v6", [(NAN, ONE, NAN), (ONE, INF, INF), (N0, P0, P0)]),
         ("v_minimum3_f32 v0, v4, v6, v6", [(ONE, NAN, NAN), (P0, N0, N0)]),
         ("v_med3_f32 v0, v4, v6, 1.0", [(P0, INF, ONE), (0x3F000000, N0, 0x3F000000)]),
@@ -548,7 +633,20 @@ def test_unary_float_special():
 
 @pytest.mark.parametrize("t, lo, hi", [("i32", -(2**31), 2**31 - 1), ("u32", 0, 2**32 - 1)])
 def test_float_to_int_saturates(t, lo, hi):
-    values = [0.0, -0.0, 0.99, -0.99, 1.5, -1.5, 2147483520.0, 2147483648.0, 4294967040.0, 1e20, -1e20, -2147483648.0]
+    values = [
+        0.0,
+        -0.0,
+        0.99,
+        -0.99,
+        1.5,
+        -1.5,
+        2147483520.0,
+        2147483648.0,
+        4294967040.0,
+        1e20,
+        -1e20,
+        -2147483648.0,
+    ]
     bits = [struct.unpack("<I", struct.pack("<f", x))[0] for x in values] + [INF, NINF, NAN]
     got, _ = over(f"v_cvt_{t}_f32_e32 v0, v4", [(b,) for b in bits])
     expected = [max(lo, min(hi, math.trunc(as_f32(b)))) for b in bits[:-3]] + [hi, lo, 0]
@@ -582,7 +680,9 @@ def test_compare_and_class():
         (INF, 9),
     ]
     for bits, kind in kinds:
-        _, vcc = over("v_cmp_class_f32_e32 vcc, v4, v6", [(bits, 1 << kind), (bits, ~(1 << kind) & 0x3FF)])
+        _, vcc = over(
+            "v_cmp_class_f32_e32 vcc, v4, v6", [(bits, 1 << kind), (bits, ~(1 << kind) & 0x3FF)]
+        )
         assert vcc == [1, 0]
 
 
@@ -624,11 +724,21 @@ def test_double_precision_instructions():
 
     with np.errstate(all="ignore"):
         a, b = (floats(c) for c in zip(*pairs, strict=True))
-        for op, expected in (("add", a + b), ("mul", a * b), ("max", np.fmax(a, b)), ("min", np.fmin(a, b))):
+        for op, expected in (
+            ("add", a + b),
+            ("mul", a * b),
+            ("max", np.fmax(a, b)),
+            ("min", np.fmin(a, b)),
+        ):
             got = floats(over(f"v_{op}_f64 v[0:1], v[4:5], v[6:7]", pairs, result=2)[0])
             assert ((got == expected) | (np.isnan(got) & np.isnan(expected))).all(), op
         x = floats(raw)
-        for op, expected in (("sqrt", np.sqrt(x)), ("ceil", np.ceil(x)), ("floor", np.floor(x)), ("rndne", np.rint(x))):
+        for op, expected in (
+            ("sqrt", np.sqrt(x)),
+            ("ceil", np.ceil(x)),
+            ("floor", np.floor(x)),
+            ("rndne", np.rint(x)),
+        ):
             got = floats(over(f"v_{op}_f64_e32 v[0:1], v[4:5]", [(r,) for r in raw], result=2)[0])
             assert ((got == expected) | (np.isnan(got) & np.isnan(expected))).all(), op
 
@@ -658,21 +768,34 @@ def test_small_float_decode(fmt):
     got = over(f"v_cvt_f32_{fmt}_sdwa v0, v4 src0_sel:BYTE_1", codes)[0]
     assert_same_floats(got, expected)
     scale = 0x3F800000 + (3 << 23) + 12345  # 2^3; the mantissa must not count
-    got = over(f"v_cvt_scalef32_f32_{fmt} v0, v4, v6 op_sel:[1,0,0]", [(c[0], scale) for c in codes])[0]
+    got = over(
+        f"v_cvt_scalef32_f32_{fmt} v0, v4, v6 op_sel:[1,0,0]", [(c[0], scale) for c in codes]
+    )[0]
     assert_same_floats(got, expected * 8)
     got = over(
-        f"v_cvt_scalef32_pk_f32_{fmt} v[0:1], v4, v6 op_sel:[1,0,0]", [(c << 24, ONE) for c in range(256)], result=2
+        f"v_cvt_scalef32_pk_f32_{fmt} v[0:1], v4, v6 op_sel:[1,0,0]",
+        [(c << 24, ONE) for c in range(256)],
+        result=2,
     )[0]
     assert_same_floats([g >> 32 for g in got], expected)
     for wide, dtype in (("f16", torch.float16), ("bf16", torch.bfloat16)):
-        got = over(f"v_cvt_scalef32_pk_{wide}_{fmt} v0, v4, v6", [(c << 8, ONE) for c in range(256)])[0]
-        high = torch.tensor([g >> 16 for g in got], dtype=torch.int32).to(torch.int16).view(dtype).float()
+        got = over(
+            f"v_cvt_scalef32_pk_{wide}_{fmt} v0, v4, v6", [(c << 8, ONE) for c in range(256)]
+        )[0]
+        high = (
+            torch.tensor([g >> 16 for g in got], dtype=torch.int32)
+            .to(torch.int16)
+            .view(dtype)
+            .float()
+        )
         assert torch.equal(high.nan_to_num(7), expected.to(dtype).float().nan_to_num(7))
 
 
 def assert_same_floats(bits, expected):
     got = torch.tensor([as_f32(b) for b in bits])
-    assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(), expected.nan_to_num())
+    assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(
+        got.nan_to_num(), expected.nan_to_num()
+    )
     assert torch.equal(torch.signbit(got[~got.isnan()]), torch.signbit(expected[~got.isnan()]))
 
 
@@ -707,13 +830,16 @@ def test_small_float_encode(fmt, top, saturate):
         assert np.array_equal(b.v(0) >> 16, np.full(64, 0x7777)) and np.array_equal(
             b.v(1) & 0xFFFF, np.full(64, 0x7777)
         )
-        assert np.array_equal(b.v(0) & 0xFFFF, b.v(1) >> 16) and np.array_equal(b.v(0) & 255, b.v(0) >> 8 & 255)
+        assert np.array_equal(b.v(0) & 0xFFFF, b.v(1) >> 16) and np.array_equal(
+            b.v(0) & 255, b.v(0) >> 8 & 255
+        )
         got += (b.v(0) & 255).tolist()
     expected = (x.clamp(-top, top) if saturate else x).to(SMALL[fmt]).float()
     if fmt == "fp8" and not saturate:
         expected[x.abs() > 464] = math.nan  # e4m3 has no infinity: past the last midpoint lies NaN
     assert_same_floats(
-        bits_of(torch.tensor(got[: len(x)], dtype=torch.uint8).view(SMALL[fmt]), torch.float32), expected
+        bits_of(torch.tensor(got[: len(x)], dtype=torch.uint8).view(SMALL[fmt]), torch.float32),
+        expected,
     )
 
 
@@ -721,22 +847,47 @@ def test_fp4_conversions():
     """Every code both ways, ties to even, saturation at 6, op_sel bytes, the scale's exponent."""
     for sel in range(4):
         text = f"v_cvt_scalef32_pk_f32_fp4 v[0:1], v4, v6 op_sel:[{sel & 1},{sel >> 1},0]"
-        got = over(text, [((c | (15 - c) << 4) << 8 * sel, 0x40000000) for c in range(16)], result=2)[0]
+        got = over(
+            text, [((c | (15 - c) << 4) << 8 * sel, 0x40000000) for c in range(16)], result=2
+        )[0]
         assert [as_f32(g & M32) for g in got] == [2 * v for v in FP4]
         assert [as_f32(g >> 32) for g in got] == [2 * v for v in FP4[::-1]]
-    x = [0.24, 0.25, 0.26, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.01, 7.0, 1e9, -0.75, -9.0, math.inf, -0.0]
+    x = [
+        0.24,
+        0.25,
+        0.26,
+        0.75,
+        1.25,
+        1.75,
+        2.5,
+        3.5,
+        5.0,
+        5.01,
+        7.0,
+        1e9,
+        -0.75,
+        -9.0,
+        math.inf,
+        -0.0,
+    ]
     y = [0, 0, 0.5, 1, 1, 2, 2, 4, 4, 6, 6, 6, -1, -6, 6, -0.0]
     for sel in range(4):
         text = f"v_cvt_scalef32_pk_fp4_f32 v0, v4, v6, v8 op_sel:[0,0,{sel & 1},{sel >> 1}]"
-        got = over(text, [(b, ONE, 0x40800000) for b in bits_of([4 * v for v in x], torch.float32)])[0]
+        got = over(
+            text, [(b, ONE, 0x40800000) for b in bits_of([4 * v for v in x], torch.float32)]
+        )[0]
         assert [FP4[g >> 8 * sel & 15] for g in got] == y
         assert all(
-            (g >> 8 * sel & 0xF0) == 0 and g | 255 << 8 * sel == 0xA5A5A5A5 | 255 << 8 * sel for g in got
+            (g >> 8 * sel & 0xF0) == 0 and g | 255 << 8 * sel == 0xA5A5A5A5 | 255 << 8 * sel
+            for g in got
         )  # 1 / 4 -> 0
 
 
 def test_bf16_f16_conversions():
-    x = torch.tensor([as_f32(b) for b in F32] + [1.00390625, 1.01171875, 65504.0, 65519.0, 65520.0, 6e-8, 2.98e-8])
+    x = torch.tensor(
+        [as_f32(b) for b in F32]
+        + [1.00390625, 1.01171875, 65504.0, 65519.0, 65520.0, 6e-8, 2.98e-8]
+    )
     bits = bits_of(x, torch.float32)
     got = over("v_cvt_pk_bf16_f32 v0, v4, v6", [(b, b) for b in bits])[0]
     finite = ~x.isnan()
@@ -748,7 +899,11 @@ def test_bf16_f16_conversions():
     halves = [(h,) for h in range(0, 65536, 97)]
     got = over("v_cvt_f32_f16_e32 v0, v4", halves)[0]
     assert_same_floats(
-        got, torch.tensor([h[0] for h in halves], dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+        got,
+        torch.tensor([h[0] for h in halves], dtype=torch.int32)
+        .to(torch.int16)
+        .view(torch.float16)
+        .float(),
     )
 
 
@@ -765,13 +920,31 @@ def test_packed_and_mixed_f16():
     )
     lo = (a[:, 1].double() * b[:, 0].double() - c[:, 0].double()).half()
     hi = (a[:, 0].double() * b[:, 1].double() + c[:, 1].double()).half()
-    assert torch.equal(torch.from_numpy(out.v(0).view(np.float16).reshape(64, 2)), torch.stack([lo, hi], 1))
+    assert torch.equal(
+        torch.from_numpy(out.v(0).view(np.float16).reshape(64, 2)), torch.stack([lo, hi], 1)
+    )
     assert torch.equal(torch.from_numpy(out.v(1).view(np.float16).reshape(64, 2)), a + 2)
     mixed = (a[:, 1].double() * b[:, 0].double() + c[:, 0].double()).float()
     assert torch.equal(torch.from_numpy(out.v(2).view(np.float32)), mixed)
 
 
-F16 = [0, 0x8000, 1, 0x83FF, 0x0400, 0x3C00, 0x3C01, 0xBE00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E12, 0x4248, 0x2E66]
+F16 = [
+    0,
+    0x8000,
+    1,
+    0x83FF,
+    0x0400,
+    0x3C00,
+    0x3C01,
+    0xBE00,
+    0x7BFF,
+    0xFBFF,
+    0x7C00,
+    0xFC00,
+    0x7E12,
+    0x4248,
+    0x2E66,
+]
 
 
 @pytest.mark.parametrize(
@@ -821,7 +994,9 @@ def test_f16(op, oracle):
         expected = oracle(*values).half()
     count = (
         1
-        if op.startswith(("rcp", "sqrt", "rsq", "exp", "log", "floor", "ceil", "trunc", "rndne", "cvt"))
+        if op.startswith(
+            ("rcp", "sqrt", "rsq", "exp", "log", "floor", "ceil", "trunc", "rndne", "cvt")
+        )
         else 3
         if op.startswith(("fma", "max3", "med3"))
         else 2
@@ -832,8 +1007,15 @@ def test_f16(op, oracle):
     high = result >> 16 & 0xFFFF
     assert (high == (0xA5A5 if count == 3 else high if op.startswith("pk") else 0)).all()
     result = result.to(torch.int16).view(torch.float16)
-    same = (result == expected) | (expected.isnan() if op == "med3_f16" else expected.isnan() & result.isnan())
-    assert same.all(), (op, [cases[i] for i in (~same).nonzero().flatten()[:5]], result[~same][:5], expected[~same][:5])
+    same = (result == expected) | (
+        expected.isnan() if op == "med3_f16" else expected.isnan() & result.isnan()
+    )
+    assert same.all(), (
+        op,
+        [cases[i] for i in (~same).nonzero().flatten()[:5]],
+        result[~same][:5],
+        expected[~same][:5],
+    )
 
 
 def test_dot2_and_wide_conversions():
@@ -872,7 +1054,11 @@ def test_moves_between_register_files():
         ],
         {4: IDS, 5: IDS + 64},
     )
-    assert np.array_equal(b.v(5), IDS) and np.array_equal(b.v(0), IDS + 64) and np.array_equal(b.v(64 + 4), IDS)
+    assert (
+        np.array_equal(b.v(5), IDS)
+        and np.array_equal(b.v(0), IDS + 64)
+        and np.array_equal(b.v(64 + 4), IDS)
+    )
     assert np.array_equal(b.v(8), IDS) and np.array_equal(b.v(9), IDS)
 
 
@@ -883,20 +1069,35 @@ def test_moves_between_register_files():
     "text, source",
     [
         ("v_mov_b32_dpp v0, v4 quad_perm:[1,0,3,2] row_mask:0xf bank_mask:0xf", IDS ^ 1),
-        ("v_mov_b32_dpp v0, v4 row_shr:3 row_mask:0xf bank_mask:0xf", np.where(IDS % 16 < 3, -1, IDS - 3)),
-        ("v_mov_b32_dpp v0, v4 row_shr:3 row_mask:0xf bank_mask:0xf bound_ctrl:1", np.where(IDS % 16 < 3, -2, IDS - 3)),
+        (
+            "v_mov_b32_dpp v0, v4 row_shr:3 row_mask:0xf bank_mask:0xf",
+            np.where(IDS % 16 < 3, -1, IDS - 3),
+        ),
+        (
+            "v_mov_b32_dpp v0, v4 row_shr:3 row_mask:0xf bank_mask:0xf bound_ctrl:1",
+            np.where(IDS % 16 < 3, -2, IDS - 3),
+        ),
         (
             "v_mov_b32_dpp v0, v4 row_shl:1 row_mask:0xf bank_mask:0xf bound_ctrl:1",
             np.where(IDS % 16 == 15, -2, IDS + 1),
         ),
-        ("v_mov_b32_dpp v0, v4 row_ror:8 row_mask:0x5 bank_mask:0xf", np.where(IDS // 16 % 2, -1, IDS ^ 8)),
-        ("v_mov_b32_dpp v0, v4 row_mirror row_mask:0xf bank_mask:0x3", np.where(IDS % 16 > 7, -1, IDS ^ 15)),
+        (
+            "v_mov_b32_dpp v0, v4 row_ror:8 row_mask:0x5 bank_mask:0xf",
+            np.where(IDS // 16 % 2, -1, IDS ^ 8),
+        ),
+        (
+            "v_mov_b32_dpp v0, v4 row_mirror row_mask:0xf bank_mask:0x3",
+            np.where(IDS % 16 > 7, -1, IDS ^ 15),
+        ),
         ("v_mov_b32_dpp v0, v4 row_half_mirror row_mask:0xf bank_mask:0xf", IDS ^ 7),
         (
             "v_mov_b32_dpp v0, v4 row_bcast:15 row_mask:0xa bank_mask:0xf",
             np.where(IDS // 16 % 2, IDS // 16 * 16 - 1, -1),
         ),
-        ("v_mov_b32_dpp v0, v4 row_bcast:31 row_mask:0xc bank_mask:0xf", np.where(IDS >= 32, 31, -1)),
+        (
+            "v_mov_b32_dpp v0, v4 row_bcast:31 row_mask:0xc bank_mask:0xf",
+            np.where(IDS >= 32, 31, -1),
+        ),
         ("v_mov_b32_dpp v0, v4 row_newbcast:5 row_mask:0xf bank_mask:0xf", IDS // 16 * 16 + 5),
         ("ds_swizzle_b32 v0, v4 offset:swizzle(SWAP,16)", IDS ^ 16),
         ("ds_swizzle_b32 v0, v4 offset:swizzle(REVERSE,8)", IDS ^ 7),
@@ -911,7 +1112,9 @@ def test_moves_between_register_files():
 )
 def test_lane_permutations(text, source):
     """-1: the lane keeps its old value, -2: it becomes 0."""
-    out = Bench([text, "s_waitcnt lgkmcnt(0)"], {0: 999, 4: IDS + 100, 6: (IDS * 7 + 3) % 64 * 4}).v(0)
+    out = Bench(
+        [text, "s_waitcnt lgkmcnt(0)"], {0: 999, 4: IDS + 100, 6: (IDS * 7 + 3) % 64 * 4}
+    ).v(0)
     assert out.tolist() == [999 if s == -1 else 0 if s == -2 else s + 100 for s in source.tolist()]
 
 
@@ -932,7 +1135,10 @@ def test_lane_moves():
     )
     assert (b.s(4), b.s(5)) == (7, 0)
     assert b.v(0)[9] == 7 and b.v(0)[8] == 1
-    assert b.v(4).tolist() == [*range(32), *range(64, 96)] and b.v(5).tolist() == [*range(32, 64), *range(96, 128)]
+    assert b.v(4).tolist() == [*range(32), *range(64, 96)] and b.v(5).tolist() == [
+        *range(32, 64),
+        *range(96, 128),
+    ]
     assert b.v(6)[16:32].tolist() == [*range(64, 80)] and b.v(7)[:16].tolist() == [*range(16, 32)]
     assert np.array_equal(b.v(1), IDS) and np.array_equal(b.v(2), 63 - IDS)
 
@@ -954,7 +1160,9 @@ def test_exec_masks_writes_and_sources():
     )
     assert b.v(0).tolist() == [i if 4 <= i < 8 else 7 for i in range(64)]
     assert b.s(4) == 4 and b.s64(6) == 0xF0 and b.s64(8) == 0xF0
-    assert b.v(1).tolist() == [i - 1 if 5 <= i < 8 else 7 for i in range(64)]  # lane 4's source is off
+    assert b.v(1).tolist() == [
+        i - 1 if 5 <= i < 8 else 7 for i in range(64)
+    ]  # lane 4's source is off
     assert b.v(2).tolist() == [i if 4 <= i < 6 else 7 for i in range(64)]
     assert b.v(3).tolist() == [5 if i == 5 else 7 for i in range(64)] and b.s64(106) == 0x20
 
@@ -1029,7 +1237,9 @@ DTYPE = {
 def lane_registers(matrix, per_lane):
     """[D, K] of any dtype -> uint32 [registers, 64]: lane D g + i holds row i, per_lane values from k = per_lane g."""
     d, k = matrix.shape
-    out = torch.stack([matrix[lane % d, lane // d * per_lane : (lane // d + 1) * per_lane] for lane in range(64)])
+    out = torch.stack(
+        [matrix[lane % d, lane // d * per_lane : (lane // d + 1) * per_lane] for lane in range(64)]
+    )
     return out.contiguous().view(torch.uint8).numpy().view(np.uint32).T
 
 
@@ -1059,7 +1269,8 @@ def test_mfma(name, d, k, per_lane):
     for r in range(n):
         regs[20 + r] = [
             raw.view(torch.int32)[
-                4 * (lane // 16) + r if d == 16 else 8 * (r // 4) + 4 * (lane // 32) + r % 4, lane % d
+                4 * (lane // 16) + r if d == 16 else 8 * (r // 4) + 4 * (lane // 32) + r % 4,
+                lane % d,
             ].item()
             & M32
             for lane in range(64)
@@ -1081,9 +1292,14 @@ def test_mfma(name, d, k, per_lane):
 def test_mfma_result_over_its_accumulator():
     """Four-register results may overlap C shifted: C is read whole before D is written."""
     one = np.uint32(0x3F803F80)  # two bf16 ones
-    regs = {**{r: one for r in range(4, 12)}, **{r: np.float32(r).view(np.uint32) for r in range(20, 26)}}
+    regs = {
+        **{r: one for r in range(4, 12)},
+        **{r: np.float32(r).view(np.uint32) for r in range(20, 26)},
+    }
     for first in (21, 19):
-        out = Bench([f"v_mfma_f32_16x16x32_bf16 v[{first}:{first + 3}], v[4:7], v[8:11], v[20:23]"], regs)
+        out = Bench(
+            [f"v_mfma_f32_16x16x32_bf16 v[{first}:{first + 3}], v[4:7], v[8:11], v[20:23]"], regs
+        )
         assert [out.v(first + i).view(np.float32)[0] for i in range(4)] == [52, 53, 54, 55]
 
 
@@ -1110,7 +1326,9 @@ def scaled_operand(fmt, d, k, generator):
         regs = np.zeros((8, 64), np.uint32)
         for lane in range(64):  # two halves of 16 bytes: k = 16 g ... and K/2 + 16 g ...
             g, row = lane // d, codes[lane % d]
-            both = torch.cat([row[16 * g : 16 * g + 16], row[k // 2 + 16 * g : k // 2 + 16 * g + 16]])
+            both = torch.cat(
+                [row[16 * g : 16 * g + 16], row[k // 2 + 16 * g : k // 2 + 16 * g + 16]]
+            )
             regs[:, lane] = both.numpy().view(np.uint32)
     order = torch.randperm(d * k // 32, generator=generator).view(d, k // 32)
     scale = 64 + order % 120  # distinct within a row; E8M0
@@ -1127,9 +1345,13 @@ def test_scaled_mfma(fa, fb, d, k):
     n = d * d // 64
     for byte_a, byte_b in ((0, 3), (2, 1)):
         regs = {4 + i: r for i, r in enumerate(ra)} | {12 + i: r for i, r in enumerate(rb)}
-        for reg, s, byte in ((20, sa, byte_a), (21, sb, byte_b)):  # lane D g + i: the scale of row i, block g
+        for reg, s, byte in (
+            (20, sa, byte_a),
+            (21, sb, byte_b),
+        ):  # lane D g + i: the scale of row i, block g
             regs[reg] = [
-                (s[lane % d, lane // d].item() << 8 * byte) | (0x7F7F7F7F & ~(255 << 8 * byte)) for lane in range(64)
+                (s[lane % d, lane // d].item() << 8 * byte) | (0x7F7F7F7F & ~(255 << 8 * byte))
+                for lane in range(64)
             ]
         text = (
             f"v_mfma_scale_f32_{d}x{d}x{k}_f8f6f4 v[24:{23 + n}], v[4:{3 + len(ra)}], v[12:{11 + len(rb)}], 0, "
@@ -1138,7 +1360,9 @@ def test_scaled_mfma(fa, fb, d, k):
             f"cbsz:{F8F6F4[fa][0]} blgp:{F8F6F4[fb][0]}"
         )
         got = result_matrix(Bench([text], regs), 24, d).view(np.float32)
-        assert np.array_equal(got, expected.astype(np.float32)) or np.allclose(got, expected, rtol=2.0**-23, atol=0)
+        assert np.array_equal(got, expected.astype(np.float32)) or np.allclose(
+            got, expected, rtol=2.0**-23, atol=0
+        )
 
 
 def test_transposing_reads():
@@ -1189,22 +1413,41 @@ def test_vector_loads_complete_in_order(schedule):
     wait = ["s_waitcnt vmcnt(1)", "v_mov_b32_e32 v2, v0"]
     b = Bench([*LOADS, *wait], addresses(), spans=[x], schedule=schedule)
     assert b.v(2).tolist() == list(range(64))
-    with pytest.raises(gfx950.GPUFault, match=r"v1 used before the load(.|\n)*line 1(.|\n)*line 3(.|\n)*lane 0"):
+    with pytest.raises(
+        gfx950.GPUFault, match=r"v1 used before the load(.|\n)*line 1(.|\n)*line 3(.|\n)*lane 0"
+    ):
         Bench([*LOADS, wait[0], "v_mov_b32_e32 v2, v1"], addresses(), spans=[x], schedule=schedule)
-    with pytest.raises(gfx950.GPUFault, match="v0 used before"):  # overwriting it is as bad: the load lands later
+    with pytest.raises(
+        gfx950.GPUFault, match="v0 used before"
+    ):  # overwriting it is as bad: the load lands later
         Bench([*LOADS, "v_mov_b32_e32 v0, 0"], addresses(), spans=[x], schedule=schedule)
-    Bench([*LOADS, "v_mov_b32_e32 v2, v1"], addresses(), spans=[x], timing="eager", schedule=schedule)
+    Bench(
+        [*LOADS, "v_mov_b32_e32 v2, v1"], addresses(), spans=[x], timing="eager", schedule=schedule
+    )
 
 
 def test_scalar_loads_may_come_out_of_order():
     x = tensor(range(65))
-    lines = ["s_load_dword s8, s[2:3], 0x4", "ds_write_b32 v6, v6", "ds_read_b32 v0, v6", "s_waitcnt lgkmcnt({})"]
+    lines = [
+        "s_load_dword s8, s[2:3], 0x4",
+        "ds_write_b32 v6, v6",
+        "ds_read_b32 v0, v6",
+        "s_waitcnt lgkmcnt({})",
+    ]
     s, v = {2: 0, 3: BASE >> 32}, {6: IDS * 4}
-    b = Bench([x.format(0) for x in lines] + ["s_mov_b32 s9, s8", "v_mov_b32_e32 v1, v0"], v, s, [x], lds=256)
+    b = Bench(
+        [x.format(0) for x in lines] + ["s_mov_b32 s9, s8", "v_mov_b32_e32 v1, v0"],
+        v,
+        s,
+        [x],
+        lds=256,
+    )
     assert b.s(9) == 1 and b.v(1)[5] == 20
     with pytest.raises(gfx950.GPUFault, match="s8 used before"):
         Bench([x.format(1) for x in lines] + ["s_mov_b32 s9, s8"], v, s, [x], lds=256)
-    with pytest.raises(gfx950.GPUFault, match="v0 used before"):  # one may be outstanding: the read, or the scalar load
+    with pytest.raises(
+        gfx950.GPUFault, match="v0 used before"
+    ):  # one may be outstanding: the read, or the scalar load
         Bench([x.format(1) for x in lines] + ["v_mov_b32_e32 v1, v0"], v, s, [x], lds=256)
 
 
@@ -1229,7 +1472,11 @@ def test_stores_are_as_late_as_waits_allow():
     """A store, then a load by the same wave (in order), and by another wave that was told too early."""
     x = tensor(np.zeros(64))
     b = Bench(
-        ["global_store_dword v[4:5], v6, off", "global_load_dword v0, v[4:5], off", "s_waitcnt vmcnt(0)"],
+        [
+            "global_store_dword v[4:5], v6, off",
+            "global_load_dword v0, v[4:5], off",
+            "s_waitcnt vmcnt(0)",
+        ],
         {**addresses(), 6: IDS + 7},
         spans=[x],
     )
@@ -1270,8 +1517,12 @@ def test_buffer_range():
         [x],
     )
     assert b.v(0).tolist() == [2 * i + 1 if 8 * i + 8 <= 64 else 0 for i in range(64)]
-    assert x.data.view(np.uint32).tolist() == [500 + i // 2 if i % 2 and 4 * i < 64 else i for i in range(64)]
-    with pytest.raises(gfx950.GPUFault, match=r"outside every tensor: byte 256 of x, which has 256(.|\n)*lane 32"):
+    assert x.data.view(np.uint32).tolist() == [
+        500 + i // 2 if i % 2 and 4 * i < 64 else i for i in range(64)
+    ]
+    with pytest.raises(
+        gfx950.GPUFault, match=r"outside every tensor: byte 256 of x, which has 256(.|\n)*lane 32"
+    ):
         Bench(["buffer_store_dword v6, v4, s[8:11], 0 offen"], v, descriptor(0x7FFFFFFE), [x])
     with pytest.raises(gfx950.Unsupported, match=r"stride(.|\n)*line 0"):
         Bench(["buffer_load_dword v0, v4, s[8:11], 0 offen"], v, descriptor(64) | {9: 1 << 16}, [x])
@@ -1293,11 +1544,27 @@ def test_copy_to_lds(timing):
         "s_waitcnt lgkmcnt(0)",
     ]
     v = {4: IDS * 16, 6: IDS * 16, **{r: 77 for r in range(8, 12)}}
-    b = Bench([x.format("s_waitcnt vmcnt(0)") for x in lines], v, descriptor(64), [x], lds=1024 + 16, timing=timing)
+    b = Bench(
+        [x.format("s_waitcnt vmcnt(0)") for x in lines],
+        v,
+        descriptor(64),
+        [x],
+        lds=1024 + 16,
+        timing=timing,
+    )
     assert b.v(2).tolist() == [77, 2, 6, 10, 14, 0, 0, 0, 0] + [77] * 55
     if timing == "lazy":
-        with pytest.raises(gfx950.GPUFault, match=r"copy to it is in flight(.|\n)*lane 1, address 0x10"):
-            Bench([x.format("s_nop 0") for x in lines], v, descriptor(64), [x], lds=1024 + 16, timing=timing)
+        with pytest.raises(
+            gfx950.GPUFault, match=r"copy to it is in flight(.|\n)*lane 1, address 0x10"
+        ):
+            Bench(
+                [x.format("s_nop 0") for x in lines],
+                v,
+                descriptor(64),
+                [x],
+                lds=1024 + 16,
+                timing=timing,
+            )
 
 
 @pytest.mark.parametrize("timing, schedule", MODES)
@@ -1313,14 +1580,49 @@ def test_lds_races(timing, schedule):
         "ds_read_b32 v1, v8",
         "s_waitcnt lgkmcnt(0)",
     ]
-    b = Bench([x.format("s_barrier") for x in lines], v, lds=512, waves=2, timing=timing, schedule=schedule)
+    b = Bench(
+        [x.format("s_barrier") for x in lines],
+        v,
+        lds=512,
+        waves=2,
+        timing=timing,
+        schedule=schedule,
+    )
     assert np.array_equal(b.m.vector[1][0], IDS + 64) and np.array_equal(b.m.vector[1][1], IDS)
     with pytest.raises(gfx950.GPUFault, match="race"):
-        Bench([x.format("s_nop 0") for x in lines], v, lds=512, waves=2, timing=timing, schedule=schedule)
-    rewrite = [*lines[:4], "s_barrier", *lines[5:], "{}", "ds_write_b32 v7, v1", "s_waitcnt lgkmcnt(0)"]
-    Bench([x.format("s_barrier") for x in rewrite], v, lds=512, waves=2, timing=timing, schedule=schedule)
+        Bench(
+            [x.format("s_nop 0") for x in lines],
+            v,
+            lds=512,
+            waves=2,
+            timing=timing,
+            schedule=schedule,
+        )
+    rewrite = [
+        *lines[:4],
+        "s_barrier",
+        *lines[5:],
+        "{}",
+        "ds_write_b32 v7, v1",
+        "s_waitcnt lgkmcnt(0)",
+    ]
+    Bench(
+        [x.format("s_barrier") for x in rewrite],
+        v,
+        lds=512,
+        waves=2,
+        timing=timing,
+        schedule=schedule,
+    )
     with pytest.raises(gfx950.GPUFault, match="race"):
-        Bench([x.format("s_nop 0") for x in rewrite], v, lds=512, waves=2, timing=timing, schedule=schedule)
+        Bench(
+            [x.format("s_nop 0") for x in rewrite],
+            v,
+            lds=512,
+            waves=2,
+            timing=timing,
+            schedule=schedule,
+        )
 
 
 @pytest.mark.parametrize(
@@ -1335,7 +1637,9 @@ def test_lds_races(timing, schedule):
 def test_copy_to_lds_widths(text, nbytes):
     x = tensor(range(256))
     v = {4: IDS * nbytes, 14: IDS * nbytes, 15: BASE >> 32}
-    b = Bench(["s_mov_b32 m0, 0", text, "s_waitcnt vmcnt(0)"], v, descriptor(1024), [x], lds=64 * nbytes)
+    b = Bench(
+        ["s_mov_b32 m0, 0", text, "s_waitcnt vmcnt(0)"], v, descriptor(1024), [x], lds=64 * nbytes
+    )
     assert np.array_equal(b.m.lds.span.data, x.data[: 64 * nbytes])
 
 
@@ -1370,7 +1674,9 @@ def test_lds_widths():
     )
     assert np.array_equal(b.v(6), IDS * 1000 + 9) and np.array_equal(b.v(0), IDS * 1000 + 8)
     words = b.m.lds.span.data.view(np.uint32)
-    assert np.array_equal(words[256:384:2], IDS * 1000 + 8) and np.array_equal(words[513:640:2], IDS * 1000 + 11)
+    assert np.array_equal(words[256:384:2], IDS * 1000 + 8) and np.array_equal(
+        words[513:640:2], IDS * 1000 + 11
+    )
     b = Bench(
         [
             "ds_write_b8 v4, v8 offset:1",
@@ -1391,7 +1697,9 @@ def test_lds_widths():
 def test_lds_cycles():
     """The model of `counters`: 256 bytes a cycle reading, 128 writing and copying, an extra pass for each conflict."""
     x = tensor(range(256))
-    rows = IDS % 16 * 256 + (IDS // 16 ^ IDS % 16) * 16  # 16 rows of 256 bytes, 16-byte columns swizzled by the row
+    rows = (
+        IDS % 16 * 256 + (IDS // 16 ^ IDS % 16) * 16
+    )  # 16 rows of 256 bytes, 16-byte columns swizzled by the row
     cases = (  # addresses of the lanes, or their stride in bytes -> cycles in all, of them for conflicts
         ("ds_read_b32 v0, v4", 4, 1, 0),
         ("ds_read_b64 v[0:1], v4", 8, 2, 0),
@@ -1399,7 +1707,12 @@ def test_lds_cycles():
         ("ds_read_b128 v[0:3], v4", 32, 8, 4),  # 16 lanes a pass on every other 4 banks
         ("ds_read2_b32 v[0:1], v4 offset1:64", 4, 2, 0),
         ("ds_read_b128 v[0:3], v4", rows, 4, 0),
-        ("ds_read_b128 v[0:3], v4", IDS % 16 * 272 + IDS // 16 * 16, 8, 4),  # passes cross the 16 lanes of a column
+        (
+            "ds_read_b128 v[0:3], v4",
+            IDS % 16 * 272 + IDS // 16 * 16,
+            8,
+            4,
+        ),  # passes cross the 16 lanes of a column
         ("ds_write_b128 v4, v[8:11]", IDS % 16 * 272 + IDS // 16 * 16, 8, 0),
         ("ds_read_b32 v0, v4", 256, 64, 63),  # all in one bank
         ("ds_read_b32 v0, v4", 0, 1, 0),  # one dword for all
@@ -1412,14 +1725,28 @@ def test_lds_cycles():
     for text, at, cycles, conflicts in cases:
         at = IDS * at if isinstance(at, int) else at
         v = {4: at, 14: at, 15: BASE >> 32}
-        b = Bench(["s_mov_b32 m0, 0", text], v, spans=[x], lds=1 << 14, waves=3, schedule="lockstep", timing="eager")
-        assert (b.m.lds_cycles.sum(), b.m.conflict_cycles.sum()) == (3 * cycles, 3 * conflicts), text
+        b = Bench(
+            ["s_mov_b32 m0, 0", text],
+            v,
+            spans=[x],
+            lds=1 << 14,
+            waves=3,
+            schedule="lockstep",
+            timing="eager",
+        )
+        assert (b.m.lds_cycles.sum(), b.m.conflict_cycles.sum()) == (3 * cycles, 3 * conflicts), (
+            text
+        )
 
 
 def test_scratch():
     """Private memory: every lane its own bytes."""
     b = Bench(
-        ["scratch_store_dword off, v4, s4 offset:4", "scratch_load_dword v0, v6, off", "s_waitcnt vmcnt(0)"],
+        [
+            "scratch_store_dword off, v4, s4 offset:4",
+            "scratch_load_dword v0, v6, off",
+            "s_waitcnt vmcnt(0)",
+        ],
         {4: IDS + 5, 6: 12},
         {4: 8},
         scratch=16,
@@ -1447,7 +1774,11 @@ def test_atomics_take_turns():
     x = tensor(np.zeros(4))
     one = {6: 1, 4: IDS % 4 * 4, 5: BASE >> 32}
     b = Bench(
-        ["global_atomic_add v1, v[4:5], v6, off sc0", "s_waitcnt vmcnt(0)"], one, spans=[x], waves=4, schedule="random"
+        ["global_atomic_add v1, v[4:5], v6, off sc0", "s_waitcnt vmcnt(0)"],
+        one,
+        spans=[x],
+        waves=4,
+        schedule="random",
     )
     assert x.data.view(np.uint32).tolist() == [64] * 4
     for a in range(4):
@@ -1456,11 +1787,16 @@ def test_atomics_take_turns():
         Bench(["global_atomic_add v1, v[4:5], v6, off sc0", "v_mov_b32_e32 v2, v1"], one, spans=[x])
     x = tensor(np.zeros(128))
     Bench(
-        ["global_atomic_cmpswap_x2 v[4:5], v[6:9], off", "global_atomic_cmpswap_x2 v[4:5], v[10:13], off"],
+        [
+            "global_atomic_cmpswap_x2 v[4:5], v[6:9], off",
+            "global_atomic_cmpswap_x2 v[4:5], v[10:13], off",
+        ],
         {**addresses(step=8), 6: 5, 7: 6, 8: 0, 9: 0, 10: 1, 11: 1, 12: 5, 13: IDS % 2 * 6},
         spans=[x],
     )
-    assert x.data.view(np.uint32).reshape(-1, 2).tolist() == [[1, 1] if i % 2 else [5, 6] for i in range(64)]
+    assert x.data.view(np.uint32).reshape(-1, 2).tolist() == [
+        [1, 1] if i % 2 else [5, 6] for i in range(64)
+    ]
 
 
 def test_unknown_opcode_names_its_line():
@@ -1499,5 +1835,15 @@ def test_inline_constants():
         {4: 0x4000, 5: 0x3F800000, 8: 0, 9: 0},
         {2: M32, 3: M32},
     )
-    assert (b.v(1)[0], b.v(0)[0], b.s64(4), b.v(2)[0]) == (0x3FF00000, 0, 0x3FE0000000000000, 0x4200)
-    assert (b.v(3)[0], b.v(7)[0], b.s64(6), b.v(10)[0]) == (0x3E22F983, 0x40000000, 0xFFFF0000, 0x3FF0)
+    assert (b.v(1)[0], b.v(0)[0], b.s64(4), b.v(2)[0]) == (
+        0x3FF00000,
+        0,
+        0x3FE0000000000000,
+        0x4200,
+    )
+    assert (b.v(3)[0], b.v(7)[0], b.s64(6), b.v(10)[0]) == (
+        0x3E22F983,
+        0x40000000,
+        0xFFFF0000,
+        0x3FF0,
+    )
