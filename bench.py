@@ -7,14 +7,15 @@
     python bench.py --profile                               where the time of a decode step goes, by operator
     python bench.py --kernels                               one MoE layer's gfx950 kernels, 1 to 8192 tokens
 
-A round submits `concurrency` distinct random prompts at once and takes --output greedy tokens of each, stop tokens
-included; the first round is warm-up and left out. TTFT contains waiting for the prompts before, TPOT = (t_last -
-t_first) / (n - 1) for the prefill of those behind. A step is the median interval between two tokens of a request while
-all decode, which they never do where --ab max_batch keeps them apart.
+A round submits `concurrency` distinct random prompts at once and takes --output greedy tokens of
+each, stop tokens included; the first round is warm-up and left out. TTFT contains waiting for the
+prompts before, TPOT = (t_last - t_first) / (n - 1) for the prefill of those behind. A step is the
+median interval between two tokens of a request while all decode, which they never do where --ab
+max_batch keeps them apart.
 
-Tables go to stdout, progress and errors to stderr; exit 0, 1 (bad checkpoint, no memory), 2 (usage). --json prints the
-rows of the tables instead, with the keys in *_COLUMNS; times are ms unless named otherwise.
-"""
+Tables go to stdout, progress and errors to stderr; exit 0, 1 (bad checkpoint, no memory), 2
+(usage). --json prints the rows of the tables instead, with the keys in *_COLUMNS; times are ms
+unless named otherwise."""
 
 import argparse
 import collections
@@ -44,13 +45,15 @@ TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny")
 SIZES = {"20b": (24, 32), "120b": (36, 128)}  # layers, experts; all else is equal
 PROFILED_STEPS, PROFILE_ROWS = 8, 15
 
-# MI355X (AMD's data sheet): bytes/s, and dense FLOP/s by the wider operand of the matrix instruction
+# MI355X (AMD's data sheet): bytes/s, and dense FLOP/s by the wider operand of the matrix
+# instruction
 MI355_BANDWIDTH = 8e12
 MI355_FLOPS = {"bf16": 2.5e15, "fp8": 5.0e15, "mxfp8": 5.0e15, "mxfp4": 10.1e15}
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 512, 1024, 4096, 8192)  # tokens of a layer
 EMULATED = 16  # the largest of them that is emulated
-# TokenSpeed's README (https://github.com/lightseekorg/tokenspeed, read off its plot): us of a 120b layer with fp8
-# activations through its Gluon kernels on one MI355X, and how many experts its tokens met
+# TokenSpeed's README (https://github.com/lightseekorg/tokenspeed, read off its plot): us of a 120b
+# layer with fp8 activations through its Gluon kernels on one MI355X, and how many experts its
+# tokens met
 PUBLISHED = {
     "20b": {},
     "120b": {
@@ -68,7 +71,7 @@ PUBLISHED = {
 SETTINGS = ("moe", "activations", "dtype", "page_size", "max_batch")  # that --ab compares
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Arithmetic: what timestamps say, what a step must read
 
 
@@ -86,7 +89,8 @@ def percentile(values: list[float], percent: float) -> float:
 
 
 def summary(rounds: list[list[list[float]]]) -> dict:
-    """Rounds of requests of timestamps (seconds since the round began) -> the figures of a row, ms."""
+    """Rounds of requests of timestamps (seconds since the round began) -> the figures of a row,
+    ms."""
     requests = [times for requests in rounds for times in requests]
     first = [1e3 * times[0] for times in requests]
     rest = [1e3 * (times[-1] - times[0]) / (len(times) - 1) for times in requests]
@@ -104,7 +108,8 @@ def summary(rounds: list[list[list[float]]]) -> dict:
 
 
 def expected_experts(experts: int, top_k: int, tokens: int) -> float:
-    """Distinct experts that `tokens` tokens choose, on average, if they choose evenly and independently."""
+    """Distinct experts that `tokens` tokens choose, on average, if they choose evenly and
+    independently."""
     return experts * (1 - (1 - top_k / experts) ** tokens)
 
 
@@ -116,9 +121,9 @@ def nbytes(thing) -> int:
 
 
 def step_bytes(model: GPTOSS, tokens: int, context: int) -> float:
-    """Bytes that a decode step must read, each once: `tokens` sequences with `context` tokens each in the cache. As
-    the model stores them: the expected active experts, all else of every layer, the unembedding, a row of the
-    embedding per token, and the keys and values that are visible."""
+    """Bytes that a decode step must read, each once: `tokens` sequences with `context` tokens each
+    in the cache. As the model stores them: the expected active experts, all else of every layer,
+    the unembedding, a row of the embedding per token, and the keys and values that are visible."""
     c, total = model.config, nbytes(model.unembedding) + nbytes(model.norm)
     total += tokens * c.hidden_size * model.embedding.itemsize
     active = expected_experts(c.num_local_experts, c.num_experts_per_tok, tokens)
@@ -130,7 +135,7 @@ def step_bytes(model: GPTOSS, tokens: int, context: int) -> float:
     return total
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The device, and random models made on it
 
 
@@ -140,7 +145,8 @@ def device_name(device: torch.device) -> str:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s, read and written, of the best of 30 large copies on the device: other programs can slow many of them."""
+    """Bytes/s, read and written, of the best of 30 large copies on the device: other programs can
+    slow many of them."""
     source = torch.ones(1 << 28, dtype=torch.uint8, device=device)
     tensors = {"source": source, "target": torch.zeros_like(source)}
     timer = benchmark.Timer(
@@ -187,8 +193,9 @@ def random_config(size: str) -> dict:
 
 
 def random_checkpoint(config: Config, device, layout: str = "openai") -> Checkpoint:
-    """A checkpoint that was never on a disk, made on `device` as it is stored: mxfp4 experts as bytes, all else bf16.
-    Of the layout hf-bf16 only the experts are of use: it splits q, k and v."""
+    """A checkpoint that was never on a disk, made on `device` as it is stored: mxfp4 experts as
+    bytes, all else bf16. Of the layout hf-bf16 only the experts are of use: it splits q, k and
+    v."""
     tensors, experts = {}, []
     for layer in weights.progress((None, *range(config.num_hidden_layers)), "random weights"):
         for stored in weights.tensors_of(config, layout, layer):
@@ -210,13 +217,14 @@ def random_checkpoint(config: Config, device, layout: str = "openai") -> Checkpo
     return Checkpoint(config, layout, tensors, experts)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Systems: what is timed
 
 
 @dataclasses.dataclass
 class System:
-    """Something that generates. stream(prompts, n) yields (prompt index, token), n tokens of each prompt."""
+    """Something that generates. stream(prompts, n) yields (prompt index, token), n tokens of each
+    prompt."""
 
     name: str
     stream: Callable[[list[list[int]], int], Iterator[tuple[int, int]]]
@@ -224,7 +232,8 @@ class System:
 
 
 def memory(c: Config, layout: str, dtype: torch.dtype, args) -> dict[str, float]:
-    """Bytes, by part, of the engine at its largest concurrency, and of the peer, whose experts are not packed."""
+    """Bytes, by part, of the engine at its largest concurrency, and of the peer, whose experts are
+    not packed."""
     experts = 3 * c.num_hidden_layers * c.num_local_experts * c.hidden_size * c.intermediate_size
     of_expert = (
         4 if 4 * experts <= gptoss.EXPAND_BELOW else 2 if layout == "hf-bf16" else 17 / 32
@@ -237,8 +246,8 @@ def memory(c: Config, layout: str, dtype: torch.dtype, args) -> dict[str, float]
     )
     pages = sum(gptoss.pages_needed(c, args.input + args.output, gptoss.PAGE_SIZE).values())
     cache = KVCache(c, max(args.concurrency) * pages, gptoss.PAGE_SIZE, "meta", dtype)
-    # 20 bytes, two masks and three float32 copies, a score of a prompt's chunk, whose keys are up to two chunks; three
-    # float32 copies of an expert's first weight
+    # 20 bytes, two masks and three float32 copies, a score of a prompt's chunk, whose keys are up
+    # to two chunks; three float32 copies of an expert's first weight
     scores = min(2 * c.num_attention_heads * args.input**2, 2 * gptoss.PREFILL_SCORES)
     parts = {
         "weights": dense * dtype.itemsize + experts * of_expert,
@@ -249,7 +258,8 @@ def memory(c: Config, layout: str, dtype: torch.dtype, args) -> dict[str, float]
 
 
 def build(args, device: torch.device) -> list[System]:
-    """The systems that the command line asks for. That they fit the device is checked before a weight is loaded."""
+    """The systems that the command line asks for. That they fit the device is checked before a
+    weight is loaded."""
     path, random_size = (
         Path(args.checkpoint),
         args.checkpoint.startswith("random:") and args.checkpoint[7:],
@@ -299,8 +309,8 @@ def randomise(model: torch.nn.Module):
 
 
 def transformers_peer(checkpoint: str, raw: dict, device, dtype) -> System:
-    """Hugging Face transformers: the same checkpoint, its mxfp4 experts in `dtype`, or random weights of its own. All
-    prompts, of one length, are one batch."""
+    """Hugging Face transformers: the same checkpoint, its mxfp4 experts in `dtype`, or random
+    weights of its own. All prompts, of one length, are one batch."""
     from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
 
     if checkpoint.startswith("random:"):
@@ -328,8 +338,8 @@ def transformers_peer(checkpoint: str, raw: dict, device, dtype) -> System:
 
 
 def openai_peer(checkpoint: str, raw: dict, device, dtype) -> System:
-    """OpenAI's reference, gpt_oss.torch, in bf16. It has neither a KV cache nor batches: every token recomputes its
-    sequence, and the sequences take turns."""
+    """OpenAI's reference, gpt_oss.torch, in bf16. It has neither a KV cache nor batches: every
+    token recomputes its sequence, and the sequences take turns."""
     from gpt_oss.torch.model import ModelConfig, Transformer
 
     if checkpoint.startswith("random:"):
@@ -368,12 +378,13 @@ PEERS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # End to end
 
 
 def play(system: System, prompts: list[list[int]], count: int) -> list[list[float]]:
-    """One round -> when each token of each prompt came, in seconds since the prompts were submitted."""
+    """One round -> when each token of each prompt came, in seconds since the prompts were
+    submitted."""
     times = [[] for _ in prompts]
     start = time.perf_counter()
     for index, _ in system.stream(prompts, count):
@@ -385,7 +396,8 @@ def play(system: System, prompts: list[list[int]], count: int) -> list[list[floa
 
 
 def table(columns: list[tuple[str, str, str]], rows: list[dict]) -> str:
-    """Markdown. Columns are (header, key, format); one that no row has is left out, a value that a row lacks is -."""
+    """Markdown. Columns are (header, key, format); one that no row has is left out, a value that a
+    row lacks is -."""
     columns = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
     lines = [[header for header, *_ in columns], ["---"] * len(columns)]
     lines += [
@@ -419,8 +431,8 @@ PAIR_COLUMNS = [
 
 
 def latency(args, device: torch.device) -> tuple[dict, list[str]]:
-    """The end-to-end mode: systems alternate within a round (A B, B A, ...); every round has new prompts. -> what
-    --json prints, and the text, as in all modes."""
+    """The end-to-end mode: systems alternate within a round (A B, B A, ...); every round has new
+    prompts. -> what --json prints, and the text, as in all modes."""
     systems = build(args, device)
     bandwidth, draw = copy_bandwidth(device), random.Random(args.seed)
     vocabulary = range(systems[0].model.config.vocab_size)
@@ -511,9 +523,10 @@ OPERATOR_COLUMNS = [
 
 
 def profile(args, device: torch.device) -> tuple[dict, list[str]]:
-    """Mean of a few decode steps of one sequence, by operator. On a GPU an operator's time is its kernels', and what is
-    left of a step that was timed without the profiler is the GPU waiting for the host; on a CPU it is the operator's
-    own, and what is left is Python, both slower for being watched."""
+    """Mean of a few decode steps of one sequence, by operator. On a GPU an operator's time is its
+    kernels', and what is left of a step that was timed without the profiler is the GPU waiting for
+    the host; on a CPU it is the operator's own, and what is left is Python, both slower for being
+    watched."""
     system, gpu = build(args, device)[0], device.type == "cuda"
     prompt = random.Random(args.seed).choices(range(system.model.config.vocab_size), k=args.input)
     stream = system.stream([prompt], 3 + 2 * PROFILED_STEPS)
@@ -562,13 +575,13 @@ def profile(args, device: torch.device) -> tuple[dict, list[str]]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Kernels
 
 
 def layer_floor(config: Config, activations: str, tokens: int, active: int) -> dict:
-    """What one MoE layer cannot do without: its active experts' weights (without biases), its FLOP, and the us of an
-    MI355 for the slower of the two."""
+    """What one MoE layer cannot do without: its active experts' weights (without biases), its FLOP,
+    and the us of an MI355 for the slower of the two."""
     values = 3 * config.hidden_size * config.intermediate_size  # of an expert
     size = active * values * 2 if activations == "bf16" else active * values * 17 // 32
     flop = 2 * tokens * config.num_experts_per_tok * values
@@ -580,9 +593,9 @@ def layer_floor(config: Config, activations: str, tokens: int, active: int) -> d
 
 
 def pinned(config: Config, tokens: int, active: int, first: int, device) -> tuple:
-    """x [T, H], router weight [E, H] and bias [E] with which exactly the experts first .. first + active - 1 (mod E)
-    take part, equally often: token t chooses the k from t k on. Its class, t mod active, is one-hot in the first
-    columns of x, the only ones that the router's weights see."""
+    """x [T, H], router weight [E, H] and bias [E] with which exactly the experts first .. first +
+    active - 1 (mod E) take part, equally often: token t chooses the k from t k on. Its class, t mod
+    active, is one-hot in the first columns of x, the only ones that the router's weights see."""
     E, H, k = config.num_local_experts, config.hidden_size, config.num_experts_per_tok
     x = torch.empty(tokens, H, dtype=torch.bfloat16, device=device).normal_()
     router = torch.zeros(E, H, dtype=torch.bfloat16, device=device)
@@ -596,7 +609,8 @@ def pinned(config: Config, tokens: int, active: int, first: int, device) -> tupl
 
 
 def tile(moe_gluon, kernel: str, packed) -> str | None:
-    """Rows x columns of an expert GEMM's workgroup. No other function knows how moe_gluon describes its tiles."""
+    """Rows x columns of an expert GEMM's workgroup. No other function knows how moe_gluon describes
+    its tiles."""
     if kernel.startswith("prefill_"):
         return "128 x 256"
     if kernel.startswith(("dispatch_", "combine_")):
@@ -629,8 +643,9 @@ def launch_row(gfx950, launch) -> dict:
 
 
 def triton_kernels_peer(experts, top_k: int) -> Callable:
-    """OpenAI's Triton kernels (Triton's repository, python/triton_kernels, as of triton 3.8), with static e4m3
-    activations: with bf16 ones they do not compile for gfx950 in the tiles of up to 1024 tokens. -> layer(x, router_weight, router_bias) -> [T, H]."""
+    """OpenAI's Triton kernels (Triton's repository, python/triton_kernels, as of triton 3.8), with
+    static e4m3 activations: with bf16 ones they do not compile for gfx950 in the tiles of up to
+    1024 tokens. -> layer(x, router_weight, router_bias) -> [T, H]."""
     from triton_kernels.matmul import FlexCtx, FnSpecs, FusedActivation, PrecisionConfig, matmul
     from triton_kernels.numerics import InFlexData, OutFlexData
     from triton_kernels.swiglu import swiglu_fn
@@ -702,7 +717,8 @@ def triton_kernels_peer(experts, top_k: int) -> Callable:
 
 
 def tokenspeed_peer(experts, top_k: int) -> Callable:
-    """TokenSpeed's Gluon kernels for gfx950 (tokenspeed-kernel-amd), static e4m3 activations. -> layer, as above."""
+    """TokenSpeed's Gluon kernels for gfx950 (tokenspeed-kernel-amd), static e4m3 activations. ->
+    layer, as above."""
     from tokenspeed_kernel_amd.ops.gfx950.moe.mxfp4 import weight_preprocess
     from tokenspeed_kernel_amd.ops.gfx950.moe.mxfp4.fused import gluon_mxfp_fused_moe
 
@@ -749,8 +765,8 @@ def kernel_peers(experts, top_k: int) -> dict[str, Callable]:
 
 
 def layer_times(moe_gluon, config: Config, tokens: int, active: int, packed, peers, device) -> dict:
-    """us of a layer, its launchers and its peers on a gfx950, of graphs that replay calls. Every call meets other
-    experts until all had their turn: none comes from a cache."""
+    """us of a layer, its launchers and its peers on a gfx950, of graphs that replay calls. Every
+    call meets other experts until all had their turn: none comes from a cache."""
     from triton.testing import do_bench_cudagraph
 
     top_k, calls = config.num_experts_per_tok, collections.defaultdict(list)
@@ -817,8 +833,8 @@ KERNEL_COLUMNS = [
 
 
 def kernels(args, device: torch.device) -> tuple[dict, list[str]]:
-    """A layer for each of BATCHES: compiled, up to 16 tokens emulated; and timed where the device is a gfx950, with
-    fp8 activations beside its peers, which have those."""
+    """A layer for each of BATCHES: compiled, up to 16 tokens emulated; and timed where the device
+    is a gfx950, with fp8 activations beside its peers, which have those."""
     import gfx950
     import moe_gluon
 
@@ -877,7 +893,7 @@ def kernels(args, device: torch.device) -> tuple[dict, list[str]]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 

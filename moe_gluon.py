@@ -1,4 +1,5 @@
-"""The mixture-of-experts layer of GPT-OSS in Gluon, for AMD gfx950 (CDNA4): routing, decode and prefill kernels.
+"""The mixture-of-experts layer of GPT-OSS in Gluon, for AMD gfx950 (CDNA4): routing, decode and
+prefill kernels.
 
     packed = prepare(experts, "mxfp8")                               # once, at load
     y = moe(x, router_weight, router_bias, packed, top_k, "mxfp8")   # [T, H] -> [T, H]
@@ -9,18 +10,22 @@ Decode, a layer of at most 16 tokens, is three launches:
     dispatch    gather rows, first GEMM, bias, SwiGLU, quantise        a workgroup: one expert, 64 columns, all of K
     combine     second GEMM, bias, gate weight, sum over the slots     a workgroup: every active expert, 8 columns
 
-It is bound by the bytes of the active experts' weights, so everything serves one purpose: ask for each byte once,
-early, and for nothing else. Weights go from memory straight into the registers of the matrix instruction's operand: no
-LDS, no barrier and no copy engine in between. The waves of a workgroup split K; a wave asks for most or all of its
-share before it multiplies any of it; partial sums meet in LDS at the end, in a fixed order.
+It is bound by the bytes of the active experts' weights, so everything serves one purpose: ask for
+each byte once, early, and for nothing else. Weights go from memory straight into the registers of
+the matrix instruction's operand: no LDS, no barrier and no copy engine in between. The waves of a
+workgroup split K; a wave asks for most or all of its share before it multiplies any of it; partial
+sums meet in LDS at the end, in a fixed order.
 
-Prefill, all above, is six: route, select (top-k), sort (rows by expert), dispatch, combine, sum. It is bound by matrix
-instructions wherever an expert has some hundred rows: dispatch and combine are sliceMN, below, whose matrix
-instructions hide everything else. It reads the same packed weights. Results are the same in every run, and a token's do
-not depend on the batch it is in, while that stays at 16 tokens or below, or above.
+Prefill, all above, is six: route, select (top-k), sort (rows by expert), dispatch, combine, sum. It
+is bound by matrix instructions wherever an expert has some hundred rows: dispatch and combine are
+sliceMN, below, whose matrix instructions hide everything else. It reads the same packed weights.
+Results are the same in every run, and a token's do not depend on the batch it is in, while that
+stays at 16 tokens or below, or above.
 
-Number formats are OCP MX v1.0 (https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf),
-operand layouts the CDNA4 ISA's (https://www.amd.com/en/developer/resources/technical-articles.html). Letters:
+Number formats are OCP MX v1.0
+(https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf), operand
+layouts the CDNA4 ISA's (https://www.amd.com/en/developer/resources/technical-articles.html).
+Letters:
 
     T tokens   H hidden size   I intermediate size   E experts   K, N inner and outer size of a GEMM's weight
     slot       the i-th of a token's top_k experts; SLOTS is top_k rounded up to a power of two
@@ -69,7 +74,8 @@ DECODE_TOKENS = 16  # the largest decode batch: one 16-row tile holds whatever a
 
 @dataclass(frozen=True)
 class Format:
-    """What the expert GEMMs see of their activations, and the storage of the weights these multiply."""
+    """What the expert GEMMs see of their activations, and the storage of the weights these
+    multiply."""
 
     element: str  # "bf16" | "e4m3" | "e5m2" | "e2m1"
     scale: str  # "none" | "static" (one float32 a tensor) | "mx" (E8M0 per 32)
@@ -87,7 +93,8 @@ FORMATS = {
 
 
 def is_supported() -> bool:
-    """True where Triton's active driver compiles for gfx950, exactly: the instructions used exist nowhere else."""
+    """True where Triton's active driver compiles for gfx950, exactly: the instructions used exist
+    nowhere else."""
     try:
         target = triton.runtime.driver.active.get_current_target()
     except RuntimeError:  # Triton has no active driver
@@ -95,30 +102,34 @@ def is_supported() -> bool:
     return target.backend == "hip" and target.arch == "gfx950"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Packed weights
 #
-# A block of 16 columns and 32 K of an fp4 weight is 256 bytes, and four of them are the B operand of one
-# v_mfma_scale_f32_16x16x128: lane L holds column L % 16 and K = 32 * (L // 16) .. + 31, 16 bytes, one scale group. So
-# [N, K] is stored as [N/16, K/32, 16, 16 bytes], and a wave reads 1,024 consecutive bytes an instruction:
+# A block of 16 columns and 32 K of an fp4 weight is 256 bytes, and four of them are the B operand
+# of one v_mfma_scale_f32_16x16x128: lane L holds column L % 16 and K = 32 * (L // 16) .. + 31, 16
+# bytes, one scale group. So [N, K] is stored as [N/16, K/32, 16, 16 bytes], and a wave reads 1,024
+# consecutive bytes an instruction:
 #
 #     byte     0 ........ 15  16 ....... 31       240 ...... 255  256 ....... 271
 #     holds    n=0, k=0..31   n=1, k=0..31   ...  n=15, k=0..31   n=0, k=32..63   ...     low nibble first
 #
-# K needs no padding: 2880 is 22.5 steps of 128, and the lanes of the missing half are switched off. bf16 is the same
-# with 32 K a v_mfma_f32_16x16x32_bf16: [N/16, K/32, 4, 16, 8 values], lane L: column L % 16, K = 8 * (L // 16) .. + 7.
+# K needs no padding: 2880 is 22.5 steps of 128, and the lanes of the missing half are switched off.
+# bf16 is the same with 32 K a v_mfma_f32_16x16x32_bf16: [N/16, K/32, 4, 16, 8 values], lane L:
+# column L % 16, K = 8 * (L // 16) .. + 7.
 #
-# Columns are dealt within blocks of 64: n above is a position, and position 16 t + 4 g + i of a block is its column
-# 16 g + 4 t + i (`column_of`). A lane gets four columns of the product from each of a block's four tiles t; dealt so,
-# they are 16 consecutive ones, which it stores at once. N is padded to blocks of 64 (2880 and 5760 are 45 and 90).
+# Columns are dealt within blocks of 64: n above is a position, and position 16 t + 4 g + i of a
+# block is its column 16 g + 4 t + i (`column_of`). A lane gets four columns of the product from
+# each of a block's four tiles t; dealt so, they are 16 consecutive ones, which it stores at once. N
+# is padded to blocks of 64 (2880 and 5760 are 45 and 90).
 #
-# Scales are [N/64, K/32, 16, 4]: the dword of (K group, n) holds the scales of positions n, n + 16, n + 32 and n + 48,
-# the four tiles of a block; the instruction picks its byte by op_sel.
+# Scales are [N/64, K/32, 16, 4]: the dword of (K group, n) holds the scales of positions n, n + 16,
+# n + 32 and n + 48, the four tiles of a block; the instruction picks its byte by op_sel.
 
 
 @dataclass
 class PackedWeight:
-    """A GEMM's weights of all experts as the kernels read them, N padded to blocks of 64 by zeros."""
+    """A GEMM's weights of all experts as the kernels read them, N padded to blocks of 64 by
+    zeros."""
 
     data: torch.Tensor  # uint8 [E, N/16, K/32, 16, 16] or bf16 [E, N/16, K/32, 4, 16, 8]
     scale: torch.Tensor | None  # uint8 [E, N/64, K/32, 16, 4]
@@ -128,7 +139,8 @@ class PackedWeight:
     K: int
 
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in the checkpoint: weight uint8 [E, N, K/2] or bf16 [E, N, K], scale uint8 [E, N, K/32]."""
+        """As in the checkpoint: weight uint8 [E, N, K/2] or bf16 [E, N, K], scale uint8 [E, N,
+        K/32]."""
         E, groups, N = len(self.data), self.K // GROUP.value, self.N
         if self.scale is None:  # [E, N/64, t, K/32, 4, g, i, 8] -> [E, N/64, g, t, i, K/32, 4, 8]
             weight = self.data.view(E, -1, 4, groups, 4, 4, 4, 8).permute(0, 1, 5, 2, 6, 3, 4, 7)
@@ -142,7 +154,8 @@ class PackedWeight:
 
 @dataclass
 class PackedExperts:
-    """A layer's experts, packed for one format. `arrived` counts workgroups of `route`; zero between launches."""
+    """A layer's experts, packed for one format. `arrived` counts workgroups of `route`; zero
+    between launches."""
 
     gate_up: PackedWeight
     down: PackedWeight
@@ -151,9 +164,10 @@ class PackedExperts:
 
 
 def prepare(experts, activations: str) -> PackedExperts:
-    """Packs a layer's experts (the fields of weights.Experts) for `activations`, a key of FORMATS, on their device.
-    The result is as large as the input, which is left as it was. Raises ValueError for an unknown format, weights
-    it does not multiply, missing static scales, or sizes that are no multiple of 32."""
+    """Packs a layer's experts (the fields of weights.Experts) for `activations`, a key of FORMATS,
+    on their device. The result is as large as the input, which is left as it was. Raises ValueError
+    for an unknown format, weights it does not multiply, missing static scales, or sizes that are no
+    multiple of 32."""
     if activations not in FORMATS:
         raise ValueError(f"activations={activations!r}, expected one of {', '.join(FORMATS)}")
     f, dtype = FORMATS[activations], experts.gate_up_weight.dtype
@@ -184,7 +198,8 @@ def prepare(experts, activations: str) -> PackedExperts:
 
 
 def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
-    """weight uint8 [E, N, K/2] with scale uint8 [E, N, K/32], or bf16 [E, N, K] with None; bias [E, N]."""
+    """weight uint8 [E, N, K/2] with scale uint8 [E, N, K/32], or bf16 [E, N, K] with None; bias [E,
+    N]."""
     E, N = weight.shape[:2]
     K = weight.shape[2] * (1 if scale is None else 2)
     if N % GROUP.value or K % GROUP.value:
@@ -215,14 +230,15 @@ def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
     return PackedWeight(data, scale, bias.float().contiguous(), float(input_scale), N, K)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The compile-time shape of a GEMM, and its layouts. Every operand has a leading axis of waves: wave w holds element w
-# of it, so that waves work on different K while the program reads as one.
+# --------------------------------------------------------------------------------------------------
+# The compile-time shape of a GEMM, and its layouts. Every operand has a leading axis of waves: wave
+# w holds element w of it, so that waves work on different K while the program reads as one.
 
 
 @dataclass(frozen=True)
 class Shape:
-    """x [*, K] @ w [N, K].T, in which formats. Sizes and layouts are properties of a Gluon constexpr."""
+    """x [*, K] @ w [N, K].T, in which formats. Sizes and layouts are properties of a Gluon
+    constexpr."""
 
     K: int
     N: int
@@ -263,9 +279,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Gemm(Shape):
-    """Decode. A workgroup computes BM rows by BN columns, of which COLUMNS exist. In a step of K, wave w takes
-    K = 128 * (step * WAVES + w) .. + 127; AHEAD steps are requested before the first is multiplied (by `combine`: all
-    steps of AHEAD experts)."""
+    """Decode. A workgroup computes BM rows by BN columns, of which COLUMNS exist. In a step of K,
+    wave w takes K = 128 * (step * WAVES + w) .. + 127; AHEAD steps are requested before the first
+    is multiplied (by `combine`: all steps of AHEAD experts)."""
 
     BM: int
     BN: int
@@ -279,7 +295,8 @@ class Gemm(Shape):
 
     @property
     def acc(self):
-        """[WAVES, BM, BN]: lane L holds row L % 16, columns 4 * (L // 16) .. + 3 of each 16 x 16 tile."""
+        """[WAVES, BM, BN]: lane L holds row L % 16, columns 4 * (L // 16) .. + 3 of each 16 x 16
+        tile."""
         return gl.amd.AMDMFMALayout(
             4, [16, 16, 32 if self.W == "bf16" else 128], True, [self.WAVES, 1, 1]
         )
@@ -295,7 +312,8 @@ class Gemm(Shape):
         return gl.DotOperandLayout(1, self.acc, 8 if self.W == "bf16" else 16)
 
     def scales(self, rows):
-        """Scales [WAVES, rows, 4] of one step: lane L holds row L % 16 of every 16, K group L // 16."""
+        """Scales [WAVES, rows, 4] of one step: lane L holds row L % 16 of every 16, K group L //
+        16."""
         registers = [[0, 16 << i, 0] for i in range((rows // 16).bit_length() - 1)]
         lanes = [[0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 8, 0], [0, 0, 1], [0, 0, 2]]
         return gl.DistributedLinearLayout(
@@ -312,7 +330,8 @@ class Gemm(Shape):
 
     @property
     def b_scale_memory(self):
-        """The scales of w as they lie in memory, [WAVES, 4 groups, 16, BN/16]: a lane's tiles are consecutive bytes."""
+        """The scales of w as they lie in memory, [WAVES, 4 groups, 16, BN/16]: a lane's tiles are
+        consecutive bytes."""
         registers = [[0, 0, 0, 1 << i] for i in range((self.BN // 16).bit_length() - 1)]
         lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0], [0, 0, 8, 0], [0, 1, 0, 0], [0, 2, 0, 0]]
         return gl.DistributedLinearLayout(
@@ -324,14 +343,16 @@ class Gemm(Shape):
 
     @property
     def partial(self):
-        """acc, read back from LDS for the sum over waves: a lane holds all waves' values of BN/16 columns."""
+        """acc, read back from LDS for the sum over waves: a lane holds all waves' values of BN/16
+        columns."""
         return gl.BlockedLayout(
             [self.WAVES, 1, self.BN // 16], [1, 4, 16], [1, self.WAVES, 1], [2, 1, 0]
         )
 
     @property
     def out(self):
-        """[BM, BN], summed: lane L of wave w holds row 4 * w + L // 16, BN/16 columns from BN/16 * (L % 16)."""
+        """[BM, BN], summed: lane L of wave w holds row 4 * w + L // 16, BN/16 columns from BN/16 *
+        (L % 16)."""
         return gl.SliceLayout(0, self.partial)
 
     @property
@@ -341,7 +362,8 @@ class Gemm(Shape):
 
 @gluon.constexpr_function
 def scale_bytes(K):
-    """Bytes of a row of activation scales: whole steps of 128 K, so that the scales of a step are an aligned dword."""
+    """Bytes of a row of activation scales: whole steps of 128 K, so that the scales of a step are
+    an aligned dword."""
     return -(-K // STEP.value) * 4
 
 
@@ -365,19 +387,20 @@ def iota(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr, rank: gl.
 
 @gluon.jit
 def column_of(n):
-    """The column at position n of the packed weights: position 16 t + 4 g + i of 64 is column 16 g + 4 t + i."""
+    """The column at position n of the packed weights: position 16 t + 4 g + i of 64 is column 16 g
+    + 4 t + i."""
     return n // BLOCK * BLOCK + n // 4 % 4 * 16 + n // 16 % 4 * 4 + n % 4
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# One step of a GEMM. Only the last step can leave K, and only it is masked for that; a masked lane asks memory for
-# nothing and reads 0.
+# --------------------------------------------------------------------------------------------------
+# One step of a GEMM. Only the last step can leave K, and only it is masked for that; a masked lane
+# asks memory for nothing and reads 0.
 
 
 @gluon.jit
 def load_x(x, scale, row, scale_row, count, step: gl.constexpr, g: gl.constexpr):
-    """Rows row[0 .. count - 1] of x [*, K] and its scales [*, K/32]. row, scale_row: the same int32 [BM], laid out as
-    the rows of g.a and of g.a_scale."""
+    """Rows row[0 .. count - 1] of x [*, K] and its scales [*, K/32]. row, scale_row: the same int32
+    [BM], laid out as the rows of g.a and of g.a_scale."""
     last: gl.constexpr = (step + 1) * STEP * g.WAVES > g.K
     size: gl.constexpr = STEP // g.x_values
     k = (step * g.WAVES + iota(0, g.WAVES, g.a)) * size + iota(2, size, g.a)
@@ -398,7 +421,8 @@ def load_x(x, scale, row, scale_row, count, step: gl.constexpr, g: gl.constexpr)
 
 @gluon.jit
 def weights_at(w, scale, expert, n, g: gl.constexpr):
-    """Where the positions from n (a multiple of 8) of an expert begin in the packed weights and scales."""
+    """Where the positions from n (a multiple of 8) of an expert begin in the packed weights and
+    scales."""
     strip: gl.constexpr = MFMA * g.K // g.w_values
     w += expert.to(gl.int64) * (g.padded // MFMA * strip) + n // MFMA * strip + n % MFMA * g.w_lane
     if g.W == "e2m1":
@@ -412,7 +436,8 @@ def weights_at(w, scale, expert, n, g: gl.constexpr):
 
 @gluon.jit
 def load_w(w, scale, columns, step: gl.constexpr, g: gl.constexpr):
-    """`columns` of BN columns from where w and scale point, and their scales in the order of memory."""
+    """`columns` of BN columns from where w and scale point, and their scales in the order of
+    memory."""
     last: gl.constexpr = (step + 1) * STEP * g.WAVES > g.K
     size: gl.constexpr = STEP // g.w_values
     k, n = (step * g.WAVES + iota(0, g.WAVES, g.b)) * size + iota(1, size, g.b), iota(2, g.BN, g.b)
@@ -457,15 +482,16 @@ def multiply(acc, x, w, g: gl.constexpr):
 
 @gluon.constexpr_function
 def unchanged(n):
-    """Constraints of an instruction that returns n registers as they are and, for all LLVM knows, touches memory."""
+    """Constraints of an instruction that returns n registers as they are and, for all LLVM knows,
+    touches memory."""
     return ",".join(["=v"] * n + [str(i) for i in range(n)] + ["~{memory}"])
 
 
 @gluon.jit
 def pin(x, registers: gl.constexpr):
-    """x, of so many registers a lane, through an empty instruction: loads written above it are issued above it, and
-    what uses its result comes after it. Without it LLVM moves loads towards their use to save registers (dispatch,
-    mxfp8: 76 for 186, and 6 loads in flight for 48)."""
+    """x, of so many registers a lane, through an empty instruction: loads written above it are
+    issued above it, and what uses its result comes after it. Without it LLVM moves loads towards
+    their use to save registers (dispatch, mxfp8: 76 for 186, and 6 loads in flight for 48)."""
     n: gl.constexpr = min(16, registers)
     return gl.inline_asm_elementwise(
         "; pin", unchanged(n), [x], dtype=x.dtype, is_pure=False, pack=n
@@ -474,7 +500,8 @@ def pin(x, registers: gl.constexpr):
 
 @gluon.jit
 def sum_waves(acc, g: gl.constexpr):
-    """acc [WAVES, BM, BN] -> its sum over waves [BM, BN] in g.out: in a lane, so always in one order."""
+    """acc [WAVES, BM, BN] -> its sum over waves [BM, BN] in g.out: in a lane, so always in one
+    order."""
     memory: gl.constexpr = gl.SwizzledSharedLayout(max(1, g.BN // 16), 1, 16, [2, 1, 0])
     partial = gl.allocate_shared_memory(gl.float32, [g.WAVES, g.BM, g.BN], memory, acc)
     gl.barrier()
@@ -485,9 +512,10 @@ def sum_waves(acc, g: gl.constexpr):
 def expert_gemm(
     x, x_scale, row, scale_row, count, w, w_scale, columns, SLOTS: gl.constexpr, g: gl.constexpr
 ):
-    """float32 [BM, BN] = x[row // SLOTS] @ w.T over all of K, in g.out. In flight before the first product: the weights
-    of AHEAD steps, first because they wait for nothing but the expert's number, then the activations, whose row numbers
-    were still on their way. After each product, the step AHEAD of it is requested."""
+    """float32 [BM, BN] = x[row // SLOTS] @ w.T over all of K, in g.out. In flight before the first
+    product: the weights of AHEAD steps, first because they wait for nothing but the expert's
+    number, then the activations, whose row numbers were still on their way. After each product, the
+    step AHEAD of it is requested."""
     STEPS: gl.constexpr = g.steps
     AHEAD: gl.constexpr = min(g.AHEAD, STEPS)
     ACCUMULATORS: gl.constexpr = g.accumulators
@@ -510,15 +538,16 @@ def expert_gemm(
     return sum_waves(acc, g)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Quantisation
 
 
 @gluon.jit
 def quantise(y, X: gl.constexpr, MX: gl.constexpr):
-    """float32 y [rows, 32] -> bytes uint8 [rows, 32] (e2m1: [rows, 16], low nibble first), and E8M0 bytes uint8 [rows].
-    mx: the scale's exponent is floor(log2(max |y|)) less the element's largest (OCP MX 6.3); static: y comes scaled.
-    Elements round to nearest even and saturate: a cast without the clamp would make 480 a NaN."""
+    """float32 y [rows, 32] -> bytes uint8 [rows, 32] (e2m1: [rows, 16], low nibble first), and E8M0
+    bytes uint8 [rows]. mx: the scale's exponent is floor(log2(max |y|)) less the element's largest
+    (OCP MX 6.3); static: y comes scaled. Elements round to nearest even and saturate: a cast
+    without the clamp would make 480 a NaN."""
     largest: gl.constexpr = 448.0 if X == "e4m3" else 57344.0 if X == "e5m2" else 6.0
     if MX:
         largest_exponent: gl.constexpr = 8 if X == "e4m3" else 15 if X == "e5m2" else 2
@@ -533,8 +562,8 @@ def quantise(y, X: gl.constexpr, MX: gl.constexpr):
     y = gl.minimum(gl.maximum(y, -largest), largest)
     if X == "e2m1":
         low, high = gl.split(y.reshape(y.shape[0], y.shape[1] // 2, 2))
-        # the halves of a byte, by scale 1; the s_nop because LLVM does not see an instruction whose result may not be
-        # read at once
+        # the halves of a byte, by scale 1; the s_nop because LLVM does not see an instruction whose
+        # result may not be read at once
         code = (
             gl.inline_asm_elementwise(
                 "v_cvt_scalef32_pk_fp4_f32 $0, $1, $2, 1.0\ns_nop 0",
@@ -547,7 +576,8 @@ def quantise(y, X: gl.constexpr, MX: gl.constexpr):
             & 255
         )
     else:
-        # Triton's own cast also sets a mode register, a side effect that makes LLVM read scalars by vector loads
+        # Triton's own cast also sets a mode register, a side effect that makes LLVM read scalars by
+        # vector loads
         convert: gl.constexpr = (
             "v_cvt_pk_fp8_f32 $0, $1, $1" if X == "e4m3" else "v_cvt_pk_bf8_f32 $0, $1, $1"
         )
@@ -571,8 +601,8 @@ def store_group(
     MX: gl.constexpr,
     DEALT: gl.constexpr,
 ):
-    """Stores `count` rows of float32 y [*, G] as values group * G .. of rows first .. of out [*, K], in the format.
-    DEALT: y's columns are half of a product's positions."""
+    """Stores `count` rows of float32 y [*, G] as values group * G .. of rows first .. of out [*,
+    K], in the format. DEALT: y's columns are half of a product's positions."""
     G: gl.constexpr = y.shape[1]
     if X == "bf16":
         q = y.to(gl.bfloat16)
@@ -591,7 +621,7 @@ def store_group(
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Routing
 
 
@@ -607,8 +637,9 @@ def select_experts(
     BM: gl.constexpr,
     WAVES: gl.constexpr,
 ):
-    """Top-k of tokens first .. first + BM - 1, ties to the smaller id, and the softmax over the chosen logits. logits
-    float32 [T, E] -> ids int32 [BM, SLOTS] (E: no such token or slot), gates float32, row numbers."""
+    """Top-k of tokens first .. first + BM - 1, ties to the smaller id, and the softmax over the
+    chosen logits. logits float32 [T, E] -> ids int32 [BM, SLOTS] (E: no such token or slot), gates
+    float32, row numbers."""
     layout: gl.constexpr = gl.BlockedLayout([1, max(1, EXPERTS // 64)], [1, 64], [WAVES, 1], [1, 0])
     token, expert, slot = (
         first + iota(0, BM, layout, 2),
@@ -642,8 +673,9 @@ def list_tiles(
     ROWS: gl.constexpr,
     WAVES: gl.constexpr,
 ):
-    """The tiles of a decode batch, one an active expert, in the order of ids; its rows by place. ids int32 [ROWS] (E:
-    no row). Every position is a count of smaller ones, so nothing depends on who comes first."""
+    """The tiles of a decode batch, one an active expert, in the order of ids; its rows by place.
+    ids int32 [ROWS] (E: no row). Every position is a count of smaller ones, so nothing depends on
+    who comes first."""
     square: gl.constexpr = gl.BlockedLayout([1, max(1, ROWS // 8)], [8, 8], [WAVES, 1], [1, 0])
     row, other_row = gl.arange(0, ROWS, only(0, square, 2)), iota(1, ROWS, square, 2)
     mine = gl.convert_layout(ids, only(0, square, 2))
@@ -691,9 +723,9 @@ def route_kernel(
     DECODE: gl.constexpr,
     g: gl.constexpr,
 ):
-    """Program (p, m), tokens m * BM .. : the first programs p compute the logits of COLUMNS experts each, so that no
-    compute unit reads the router alone; each of the others quantises 32 columns of x. In decode, the last program to
-    store its logits selects the experts of all tokens."""
+    """Program (p, m), tokens m * BM .. : the first programs p compute the logits of COLUMNS experts
+    each, so that no compute unit reads the router alone; each of the others quantises 32 columns of
+    x. In decode, the last program to store its logits selects the experts of all tokens."""
     E: gl.constexpr = g.N
     GATING: gl.constexpr = (E + g.COLUMNS - 1) // g.COLUMNS
     first = gl.program_id(1) * g.BM
@@ -731,7 +763,8 @@ def route_kernel(
     cdna4.buffer_store(acc, logits, token * E + expert + n, mask=mine & (token < T))
 
     if DECODE:
-        # a barrier of the workgroup orders LDS only: each wave awaits its own stores before one lane reports them
+        # a barrier of the workgroup orders LDS only: each wave awaits its own stores before one
+        # lane reports them
         gl.inline_asm_elementwise(
             "s_waitcnt vmcnt(0)", "=v,0,~{memory}", [acc], dtype=gl.float32, is_pure=False, pack=1
         )
@@ -760,7 +793,8 @@ def select_kernel(
     BM: gl.constexpr,
     WAVES: gl.constexpr,
 ):
-    """Above decode: top-k of BM tokens a program, and how many of their rows each expert gets, counts [programs, E]."""
+    """Above decode: top-k of BM tokens a program, and how many of their rows each expert gets,
+    counts [programs, E]."""
     ids, gate, row = select_experts(
         logits, gl.program_id(0) * BM, T, E, EXPERTS, TOP_K, SLOTS, BM, WAVES
     )
@@ -795,7 +829,8 @@ def sort_kernel(
     CHUNK: gl.constexpr,
     WAVES: gl.constexpr,
 ):
-    """Above decode: program e lists the tiles of expert e and, in one pass over the R chosen ids, its rows in order."""
+    """Above decode: program e lists the tiles of expert e and, in one pass over the R chosen ids,
+    its rows in order."""
     mine = gl.program_id(0)
     lanes: gl.constexpr = gl.BlockedLayout([1, max(1, EXPERTS // 64)], [1, 64], [WAVES, 1], [1, 0])
     expert = gl.arange(0, EXPERTS, only(1, lanes, 2))
@@ -828,14 +863,15 @@ def sort_kernel(
         place += gl.sum(is_mine, axis=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # dispatch: gather, first GEMM, SwiGLU
 
 
 @gluon.jit
 def swiglu(acc, LIMIT: gl.constexpr):
-    """acc [rows, N], columns alternating gate and up -> gate * sigmoid(1.702 gate) * (up + 1), clamped, [rows, N/2]. By
-    the exponential and reciprocal instructions, each within 1 ULP: IEEE division is ten instructions a value."""
+    """acc [rows, N], columns alternating gate and up -> gate * sigmoid(1.702 gate) * (up + 1),
+    clamped, [rows, N/2]. By the exponential and reciprocal instructions, each within 1 ULP: IEEE
+    division is ten instructions a value."""
     gate, up = gl.split(acc.reshape(acc.shape[0], acc.shape[1] // 2, 2))
     gate, up = gl.minimum(gate, LIMIT), gl.minimum(gl.maximum(up, -LIMIT), LIMIT)
     return libdevice.fast_dividef(gl.fma(gate, up, gate), 1 + gl.exp2(gate * (-1.702 * LOG2_E)))
@@ -859,8 +895,9 @@ def dispatch_kernel(
     SLOTS: gl.constexpr,
     g: gl.constexpr,
 ):
-    """h[place] = swiglu(x[token of place] @ w[expert].T + bias[expert]), quantised for the second GEMM. Program (j, t):
-    columns j * BN .. of tile t, which are BN/2 consecutive values of h, and in mx formats exactly one scale group."""
+    """h[place] = swiglu(x[token of place] @ w[expert].T + bias[expert]), quantised for the second
+    GEMM. Program (j, t): columns j * BN .. of tile t, which are BN/2 consecutive values of h, and
+    in mx formats exactly one scale group."""
     tile, block = gl.program_id(1), gl.program_id(0)
     if tile >= gl.load(num_tiles):
         return
@@ -887,14 +924,14 @@ def dispatch_kernel(
     store_group(y, h, h_scale, first, count, block, g.N // 2, g.X, g.MX, True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # combine, decode: second GEMM of every active expert and the sum over a token's slots
 
 
 @gluon.jit
 def load_expert(tile, h, h_scale, w, w_scale, rows, n, g: gl.constexpr):
-    """All steps of K of COLUMNS columns from n of a tile's expert, its activations and row numbers. Nothing is
-    requested for a tile of no rows."""
+    """All steps of K of COLUMNS columns from n of a tile's expert, its activations and row numbers.
+    Nothing is requested for a tile of no rows."""
     expert, first, count = tile
     columns = gl.where(count > 0, g.COLUMNS, 0)
     w, w_scale = weights_at(w, w_scale, expert, n, g)
@@ -938,9 +975,9 @@ def combine_kernel(
     TOKENS: gl.constexpr,
     g: gl.constexpr,
 ):
-    """out[token] = sum over slots of gate * (h[place] @ w[expert].T + bias[expert]) for COLUMNS columns a program.
-    Loads of AHEAD experts are in flight. A wave leaves its share of K of every row in LDS; at the end the sum runs over
-    waves, then slots, in one order whatever the batch."""
+    """out[token] = sum over slots of gate * (h[place] @ w[expert].T + bias[expert]) for COLUMNS
+    columns a program. Loads of AHEAD experts are in flight. A wave leaves its share of K of every
+    row in LDS; at the end the sum runs over waves, then slots, in one order whatever the batch."""
     per_xcd: gl.constexpr = (
         g.padded // g.COLUMNS + XCDS - 1
     ) // XCDS  # neighbours share cache lines of scales and h
@@ -981,8 +1018,9 @@ def combine_kernel(
     n = column_of(block * g.COLUMNS + iota(2, g.COLUMNS, weighted))
     bias = cdna4.buffer_load(bias, expert * g.N + n, mask=valid & (n < g.N))
 
-    # LDS: the tile list, since a global load in the loop would wait for all loads before it; a cell for every
-    # (wave, row, column); and a dump for what the matrix instruction computes of no row or column
+    # LDS: the tile list, since a global load in the loop would wait for all loads before it; a cell
+    # for every (wave, row, column); and a dump for what the matrix instruction computes of no row
+    # or column
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     listed = gl.allocate_shared_memory(gl.int32, [4 * TOKENS * SLOTS], flat, listed)
     ROWS: gl.constexpr = TOKENS * SLOTS
@@ -1030,16 +1068,18 @@ def combine_kernel(
     cdna4.buffer_store(y.to(gl.bfloat16), out, token * g.N + n, mask=(token < T) & (n < g.N))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prefill: sliceMN
 #
-# A workgroup of four waves computes a tile of 128 rows by a panel of 256 columns, cut 2 x 2: x into top and bottom, w
-# into left and right, 64 rows and 128 columns. All waves multiply a quadrant together, 32 rows by 64 columns each. Two
-# workgroups fit a compute unit (half its LDS, 256 of 512 registers), because K is short: at 2880 a tile is 23 k matrix
-# cycles, and what is outside its loop, one latency of memory and 5 k vector cycles, runs under the other's loop.
+# A workgroup of four waves computes a tile of 128 rows by a panel of 256 columns, cut 2 x 2: x into
+# top and bottom, w into left and right, 64 rows and 128 columns. All waves multiply a quadrant
+# together, 32 rows by 64 columns each. Two workgroups fit a compute unit (half its LDS, 256 of 512
+# registers), because K is short: at 2880 a tile is 23 k matrix cycles, and what is outside its
+# loop, one latency of memory and 5 k vector cycles, runs under the other's loop.
 #
-# The four pieces of a step of K are copied from memory to LDS, RING steps ahead, read from there into registers one
-# quadrant before they are multiplied, and never pass through registers in between.
+# The four pieces of a step of K are copied from memory to LDS, RING steps ahead, read from there
+# into registers one quadrant before they are multiplied, and never pass through registers in
+# between.
 
 
 @dataclass(frozen=True)
@@ -1086,8 +1126,8 @@ class Slices(Shape):
 
     @property
     def acc(self):
-        """[64, 128]: wave (m, n) holds rows 32 m .. + 31, columns 64 n .. + 63; of each 16 x 16 tile lane L holds row
-        L % 16, columns 4 * (L // 16) .. + 3."""
+        """[64, 128]: wave (m, n) holds rows 32 m .. + 31, columns 64 n .. + 63; of each 16 x 16
+        tile lane L holds row L % 16, columns 4 * (L // 16) .. + 3."""
         return gl.amd.AMDMFMALayout(4, [16, 16, self.step], True, [2, 2], tiles_per_warp=[2, 4])
 
     @property
@@ -1107,37 +1147,42 @@ class Slices(Shape):
 
     @property
     def b_scale(self):
-        """[128, 4]: lane L holds column L % 16, K group L // 16 of its four tiles, the bytes of one register."""
+        """[128, 4]: lane L holds column L % 16, K group L // 16 of its four tiles, the bytes of one
+        register."""
         return cdna4.get_mfma_scale_layout(self.b, [128, 4])
 
     @property
     def x_copy(self):
-        """x [64 rows, chunks, 16 bytes] on its way to LDS: consecutive lanes hold the chunks of a row, then rows."""
+        """x [64 rows, chunks, 16 bytes] on its way to LDS: consecutive lanes hold the chunks of a
+        row, then rows."""
         return gl.BlockedLayout(
             [1, 1, self.w_lane], [64 // self.chunks, self.chunks, 1], [4, 1, 1], [2, 1, 0]
         )
 
     @property
     def w_copy(self):
-        """w [8 strips, 64, 16 bytes]: a wave holds the 1,024 bytes of a strip's step, lane L the 16 from 16 L."""
+        """w [8 strips, 64, 16 bytes]: a wave holds the 1,024 bytes of a strip's step, lane L the 16
+        from 16 L."""
         return gl.BlockedLayout([1, 1, self.w_lane], [1, 64, 1], [4, 1, 1], [2, 1, 0])
 
     @property
     def w_scale_copy(self):
-        """Scales of w [4 blocks, 64, 4 bytes]: a wave holds the 256 bytes of a block's step, lane L the dword L."""
+        """Scales of w [4 blocks, 64, 4 bytes]: a wave holds the 256 bytes of a block's step, lane L
+        the dword L."""
         return gl.BlockedLayout([1, 1, 4], [1, 64, 1], [4, 1, 1], [2, 1, 0])
 
     @property
     def x_scale_copy(self):
-        """Scales of x [256 rows, 1, 4 bytes]: lane L of wave w holds the step of row 64 w + L. 128 rows exist, but a
-        wait counts the copies of all waves alike."""
+        """Scales of x [256 rows, 1, 4 bytes]: lane L of wave w holds the step of row 64 w + L. 128
+        rows exist, but a wait counts the copies of all waves alike."""
         return gl.BlockedLayout([1, 1, 4], [64, 1, 1], [4, 1, 1], [2, 1, 0])
 
     @property
     def swizzle(self):
-        """In LDS, chunk c of row r of x lies at c ^ s, s the exclusive or of these over the bits of r. LDS serves a
-        ds_read_b128 in passes of 16 lanes, the first {0-3, 12-15, 20-27}: two neighbouring chunks of 8 rows each. With
-        rows 32 banks wide, or 16, this is what makes every pass meet all 64 banks."""
+        """In LDS, chunk c of row r of x lies at c ^ s, s the exclusive or of these over the bits of
+        r. LDS serves a ds_read_b128 in passes of 16 lanes, the first {0-3, 12-15, 20-27}: two
+        neighbouring chunks of 8 rows each. With rows 32 banks wide, or 16, this is what makes every
+        pass meet all 64 banks."""
         return [0, 1, 2, 4, 0, 0] if self.chunks == 8 else [0, 0, 2, 3, 0, 0]
 
     @property
@@ -1150,7 +1195,8 @@ class Slices(Shape):
 
     @property
     def w_shared(self):
-        """w [64 bytes of K, 128] in LDS, as it is packed: the 64 lanes of a ds_read_b128 read 1,024 bytes in a row."""
+        """w [64 bytes of K, 128] in LDS, as it is packed: the 64 lanes of a ds_read_b128 read 1,024
+        bytes in a row."""
         k = [[1 << i, 0] for i in range((4 * self.w_lane).bit_length() - 1)]
         return gl.SharedLinearLayout(
             k[:-2] + [[0, 1], [0, 2], [0, 4], [0, 8]] + k[-2:] + [[0, 16], [0, 32], [0, 64]]
@@ -1165,8 +1211,8 @@ class Slices(Shape):
 
 
 class Pipeline(NamedTuple):
-    """What the verbs share. For every piece: a ring of LDS slots, where it comes from at step 0, and of each half
-    the offsets there and which of its rows or columns exist."""
+    """What the verbs share. For every piece: a ring of LDS slots, where it comes from at step 0,
+    and of each half the offsets there and which of its rows or columns exist."""
 
     x_ring: tuple
     x: gl.tensor
@@ -1184,8 +1230,8 @@ class Pipeline(NamedTuple):
 
 @gluon.jit
 def chunk_of_lane(g: gl.constexpr):
-    """[64, chunks, 1]: which chunk of its row a lane copies. Copies to LDS go to consecutive places, so the swizzle
-    must be in where they come from."""
+    """[64, chunks, 1]: which chunk of its row a lane copies. Copies to LDS go to consecutive
+    places, so the swizzle must be in where they come from."""
     SWIZZLE: gl.constexpr = g.swizzle
     chunk, row = iota(1, g.chunks, g.x_copy), iota(0, 64, g.x_copy)
     for bit in gl.static_range(6):
@@ -1195,8 +1241,9 @@ def chunk_of_lane(g: gl.constexpr):
 
 @gluon.jit
 def pipeline(x, x_scale, rows, scale_rows, count, w, w_scale, expert, column, g: gl.constexpr):
-    """For `count` rows of x [*, K] and the panel from `column` of an expert's w. rows, scale_rows: their numbers,
-    int32, top and bottom [64] as the rows of g.x_copy, all [256] as those of g.x_scale_copy."""
+    """For `count` rows of x [*, K] and the panel from `column` of an expert's w. rows, scale_rows:
+    their numbers, int32, top and bottom [64] as the rows of g.x_copy, all [256] as those of
+    g.x_scale_copy."""
     row = iota(0, 64, g.x_copy)
     at = chunk_of_lane(g) * g.w_lane + iota(2, g.w_lane, g.x_copy)
     top = rows[0][:, None, None] * (g.K // g.x_values) + at, row < count
@@ -1251,15 +1298,17 @@ def pipeline(x, x_scale, rows, scale_rows, count, w, w_scale, expert, column, g:
     )
 
 
-# The verbs. A half is 0 (top, left) or 1 (bottom, right). What an issue copies is in LDS, for all waves, after the wait
-# for its group: load_shared_relaxed tells LLVM so, which would drain the queue before any other read of LDS. The wait
-# is also the barrier of its region: Triton puts s_barrier behind its s_waitcnt. A gl.barrier() would be a second one
-# and, in triton 3.7.1, drain the queue as well. The tests read from the assembly that every region has its barrier.
+# The verbs. A half is 0 (top, left) or 1 (bottom, right). What an issue copies is in LDS, for all
+# waves, after the wait for its group: load_shared_relaxed tells LLVM so, which would drain the
+# queue before any other read of LDS. The wait is also the barrier of its region: Triton puts
+# s_barrier behind its s_waitcnt. A gl.barrier() would be a second one and, in triton 3.7.1, drain
+# the queue as well. The tests read from the assembly that every region has its barrier.
 
 
 @gluon.jit
 def issue_x(p, half: gl.constexpr, step, slot: gl.constexpr, LAST: gl.constexpr, g: gl.constexpr):
-    """One group: half of x; with the top, the scales of both halves. In the LAST step only what is inside K."""
+    """One group: half of x; with the top, the scales of both halves. In the LAST step only what is
+    inside K."""
     offsets, exists = p.x_at[half]
     if LAST:
         exists = exists & (chunk_of_lane(g) < g.chunks_left)
@@ -1276,7 +1325,8 @@ def issue_x(p, half: gl.constexpr, step, slot: gl.constexpr, LAST: gl.constexpr,
 
 @gluon.jit
 def issue_w(p, half: gl.constexpr, step, slot: gl.constexpr, LAST: gl.constexpr, g: gl.constexpr):
-    """One group: half of w; with the left, the scales of both halves. In the LAST step only what is inside K."""
+    """One group: half of w; with the left, the scales of both halves. In the LAST step only what is
+    inside K."""
     offsets, exists = p.w_at[half]
     if LAST:
         exists = exists & (iota(1, 64, g.w_copy) < g.lanes_left)
@@ -1356,8 +1406,8 @@ def mfma(acc, x, x_scale, w, w_scale, g: gl.constexpr):
 
 @gluon.jit
 def more(a, b: gl.constexpr):
-    """a > b, of scalars, by a scalar comparison in this very place: knowing that it never changes, LLVM would keep the
-    answer in a vector register, at two vector instructions a branch."""
+    """a > b, of scalars, by a scalar comparison in this very place: knowing that it never changes,
+    LLVM would keep the answer in a vector register, at two vector instructions a branch."""
     return (
         gl.inline_asm_elementwise("; compare", "=s,0", [a], dtype=gl.int32, is_pure=False, pack=1)
         > b
@@ -1368,7 +1418,8 @@ def more(a, b: gl.constexpr):
 def sliced_step(
     p, k, slot: gl.constexpr, LEFT: gl.constexpr, state, rows, columns, g: gl.constexpr
 ):
-    """Step k of K, which is in `slot`, for quadrants of which `rows` and `columns` exist. LEFT steps come after it.
+    """Step k of K, which is in `slot`, for quadrants of which `rows` and `columns` exist. LEFT
+    steps come after it.
 
         region       1               2               3               4
         wait, read   x bottom k      w right k       w left k+1      x top k+1
@@ -1381,11 +1432,12 @@ def sliced_step(
                      xb k+1          wr k+1          wl k+2          xt k+2             4 RING - 2 regions before,
                      wr k+1          wl k+2          xt k+2          xb k+2             so 4 RING - 3 came after it
 
-    Near the end fewer were issued after it: in region r, 4 LEFT + 2 - r. A copy refills the slot that was read two
-    regions before: what a region reads is in registers when the next one ends (it is multiplied there, or its scales
-    are), and the barrier of the one after that comes after all waves have got there. Each piece needs one set of
-    registers, dead a region before it is read again. The branches skip quadrants without rows or columns, and LLVM
-    moves no matrix instruction across them: each quadrant's run between its own barrier and the next."""
+    Near the end fewer were issued after it: in region r, 4 LEFT + 2 - r. A copy refills the slot
+    that was read two regions before: what a region reads is in registers when the next one ends (it
+    is multiplied there, or its scales are), and the barrier of the one after that comes after all
+    waves have got there. Each piece needs one set of registers, dead a region before it is read
+    again. The branches skip quadrants without rows or columns, and LLVM moves no matrix instruction
+    across them: each quadrant's run between its own barrier and the next."""
     top_left, bottom_left, top_right, bottom_right, x_top, w_left, x_scales, w_scales = state
     RING: gl.constexpr = g.RING
     NEXT: gl.constexpr = (slot + 1) % RING
@@ -1429,8 +1481,8 @@ def sliced_step(
 
 @gluon.jit
 def sliced_gemm(p, left, right, rows, columns, g: gl.constexpr):
-    """The quadrants top left, bottom left, top right, bottom right, float32 [64, 128], over all of K; left and right
-    are what they start with."""
+    """The quadrants top left, bottom left, top right, bottom right, float32 [64, 128], over all of
+    K; left and right are what they start with."""
     STEPS: gl.constexpr = g.steps
     RING: gl.constexpr = g.RING
     AHEAD: gl.constexpr = min(RING, STEPS)
@@ -1463,12 +1515,14 @@ def sliced_gemm(p, left, right, rows, columns, g: gl.constexpr):
 
 @gluon.jit
 def tile_of_program(tiles, num_tiles, g: gl.constexpr):
-    """(expert, first place, number of places, first column); 0 places: nothing to do. The number of tiles is known on
-    the device only; the grid is for the most there can be, and a program too many costs one load. Nor are programs
-    persistent: the next one's prologue runs under the loop of the other workgroup on its compute unit anyhow.
+    """(expert, first place, number of places, first column); 0 places: nothing to do. The number of
+    tiles is known on the device only; the grid is for the most there can be, and a program too many
+    costs one load. Nor are programs persistent: the next one's prologue runs under the loop of the
+    other workgroup on its compute unit anyhow.
 
-    Workgroups go to the chiplets in turn, so each chiplet gets one range of the order. In it TALL tiles take a panel
-    after another: what runs at a time shares the weights of few panels, and TALL tiles' rows stay in its L2."""
+    Workgroups go to the chiplets in turn, so each chiplet gets one range of the order. In it TALL
+    tiles take a panel after another: what runs at a time shares the weights of few panels, and TALL
+    tiles' rows stay in its L2."""
     PANELS: gl.constexpr = g.panels
     i, num_tiles = gl.program_id(0), gl.load(num_tiles)
     share = (num_tiles * PANELS + XCDS - 1) // XCDS
@@ -1483,7 +1537,8 @@ def tile_of_program(tiles, num_tiles, g: gl.constexpr):
 
 @gluon.jit
 def starts(bias, expert, column, static, g: gl.constexpr):
-    """What the left and right quadrants start with: in every row the bias, in units of the static scale."""
+    """What the left and right quadrants start with: in every row the bias, in units of the static
+    scale."""
     n = column + column_of(gl.arange(0, 128, only(1, g.acc, 2)))
     bias += expert * g.N
     left, right = (
@@ -1498,8 +1553,8 @@ def starts(bias, expert, column, static, g: gl.constexpr):
 
 @gluon.jit
 def in_order(y):
-    """y [64, 128 / v], from 128 positions: its columns in order. Only registers get other names: of each of its rows a
-    lane holds 16 / v consecutive columns."""
+    """y [64, 128 / v], from 128 positions: its columns in order. Only registers get other names: of
+    each of its rows a lane holds 16 / v consecutive columns."""
     v: gl.constexpr = 128 // y.shape[1]
     return y.reshape(64, 2, 4, 4, 4 // v).permute(0, 1, 3, 2, 4).reshape(64, 128 // v)
 
@@ -1508,7 +1563,8 @@ def in_order(y):
 def store_swiglu(
     acc, h, h_scale, first, count, column, x_static, h_static, LIMIT: gl.constexpr, g: gl.constexpr
 ):
-    """A quadrant through SwiGLU to rows first .. of h [*, N/2], from the half of `column`, in the format."""
+    """A quadrant through SwiGLU to rows first .. of h [*, N/2], from the half of `column`, in the
+    format."""
     if g.STATIC:
         acc = acc * x_static
     y = swiglu(acc, LIMIT)
@@ -1585,7 +1641,8 @@ def prefill_dispatch_kernel(
 
 @gluon.jit
 def store_weighted(acc, weighted, rows, gates, first, count, column, static, g: gl.constexpr):
-    """A quadrant of places first .., times their gates, to their rows of `weighted`, from `column`."""
+    """A quadrant of places first .., times their gates, to their rows of `weighted`, from
+    `column`."""
     y = in_order(acc)
     place, n = gl.arange(0, 64, only(0, y.type.layout, 2)), column + iota(1, 128, y.type.layout, 2)
     row = cdna4.buffer_load(rows, first + place, mask=place < count)
@@ -1602,8 +1659,9 @@ def store_weighted(acc, weighted, rows, gates, first, count, column, static, g: 
 def prefill_combine_kernel(
     h, h_scale, w, w_scale, bias, tiles, num_tiles, rows, gates, weighted, static, g: gl.constexpr
 ):
-    """weighted[row] = gate[row] * (h[place of row] @ w[expert].T + bias[expert]), bf16 [T * SLOTS, N], for a tile and a
-    panel a program. In float32 it would be half of all the layer's traffic at 8192 tokens."""
+    """weighted[row] = gate[row] * (h[place of row] @ w[expert].T + bias[expert]), bf16 [T * SLOTS,
+    N], for a tile and a panel a program. In float32 it would be half of all the layer's traffic at
+    8192 tokens."""
     expert, first, count, column = tile_of_program(tiles, num_tiles, g)
     if count == 0:
         return
@@ -1651,7 +1709,7 @@ def sum_slots_kernel(
     cdna4.buffer_store(y.to(gl.bfloat16), out + token.to(gl.int64) * N, n, mask=n < N)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Launchers
 
 
@@ -1671,20 +1729,20 @@ class Routing:
 
 
 def gemm(kernel: str, packed: PackedExperts) -> Gemm:
-    """The decode tile of "dispatch" or "combine". Figures are for 120b (H = I = 2880, 4 of 128 experts), mxfp8, triton
-    3.7.1. Raises ValueError for an inner size beyond the registers."""
+    """The decode tile of "dispatch" or "combine". Figures are for 120b (H = I = 2880, 4 of 128
+    experts), mxfp8, triton 3.7.1. Raises ValueError for an inner size beyond the registers."""
     f = FORMATS[packed.activations]
     bf16 = (
         f.weights == torch.bfloat16
     )  # 4 times the bytes a column: half the columns or steps for the same flight
     if kernel == "dispatch":
-        # 64 columns are one scale group of h, and 360 workgroups at one token. All 6 steps of a wave are in flight, 28
-        # KB: 186 registers, 2 workgroups a CU
+        # 64 columns are one scale group of h, and 360 workgroups at one token. All 6 steps of a
+        # wave are in flight, 28 KB: 186 registers, 2 workgroups a CU
         columns, ahead = (32, 3) if bf16 else (64, 6)
         return Gemm(*shape(f, packed.gate_up), 16, columns, columns, 4, ahead)
-    # 8 columns are 360 workgroups, with half of each operand's lanes off; 16 would leave 76 of 256 CUs without work. 8
-    # waves x 3 steps are all of K, so an expert takes 42 registers and 4 are in flight: 8 KB a wave, 66 KB a workgroup,
-    # 202 registers, 2 workgroups a CU
+    # 8 columns are 360 workgroups, with half of each operand's lanes off; 16 would leave 76 of 256
+    # CUs without work. 8 waves x 3 steps are all of K, so an expert takes 42 registers and 4 are in
+    # flight: 8 KB a wave, 66 KB a workgroup, 202 registers, 2 workgroups a CU
     w, waves, most = packed.down, 8, 6 if bf16 else 12
     steps = triton.cdiv(w.K, waves * STEP.value)
     if steps > most:
@@ -1695,9 +1753,10 @@ def gemm(kernel: str, packed: PackedExperts) -> Gemm:
 
 
 def slices(packed: PackedExperts, w: PackedWeight) -> Slices:
-    """The prefill tile. RING: as many steps as let two workgroups share the 160 KB of LDS of a compute unit, at 34 KB a
-    step with 8-bit activations, 26 KB with fp4, 24 KB with bf16. A copy is in flight for 4 RING - 3 regions: 5 of 256
-    matrix cycles with 8-bit activations, else 9 of 128, and twice that while two workgroups take turns."""
+    """The prefill tile. RING: as many steps as let two workgroups share the 160 KB of LDS of a
+    compute unit, at 34 KB a step with 8-bit activations, 26 KB with fp4, 24 KB with bf16. A copy is
+    in flight for 4 RING - 3 regions: 5 of 256 matrix cycles with 8-bit activations, else 9 of 128,
+    and twice that while two workgroups take turns."""
     f = FORMATS[packed.activations]
     return Slices(*shape(f, w), 2 if f.element in ("e4m3", "e5m2") else 3)
 
@@ -1711,7 +1770,8 @@ def prefill_grid(g: Slices, routing) -> tuple[int]:
 
 
 def empty_activations(f: Format, rows: int, K: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for rows of K values in a format, and for their scales (one unused byte where it has none)."""
+    """Room for rows of K values in a format, and for their scales (one unused byte where it has
+    none)."""
     width, dtype = (
         (K, torch.bfloat16)
         if f.element == "bf16"
@@ -1724,8 +1784,9 @@ def empty_activations(f: Format, rows: int, K: int, device) -> tuple[torch.Tenso
 
 
 def gating_gemm(x, router_weight, router_bias, packed: PackedExperts, top_k: int) -> Routing:
-    """Router GEMM (bf16, float32 sums), top-k, gates, the sort of rows by expert, x in the experts' format: one launch
-    in decode, three above. x bf16 [T, H]; router_weight bf16 [E, H], router_bias bf16 or float32 [E]."""
+    """Router GEMM (bf16, float32 sums), top-k, gates, the sort of rows by expert, x in the experts'
+    format: one launch in decode, three above. x bf16 [T, H]; router_weight bf16 [E, H], router_bias
+    bf16 or float32 [E]."""
     (T, H), E, device = x.shape, len(router_weight), x.device
     f, decode, slots = (
         FORMATS[packed.activations],
@@ -1742,7 +1803,8 @@ def gating_gemm(x, router_weight, router_bias, packed: PackedExperts, top_k: int
     tiles = torch.empty(min(R, E + R // BM), 4, **integers)  # no split of R rows makes more
     logits = torch.empty(T, E, dtype=torch.float32, device=device)
     q, q_scale = (x, num_tiles) if f.scale == "none" else empty_activations(f, T, H, device)
-    # in decode 4 experts a workgroup: 32 CUs read the router, 23 KB each; above, reading it once a tile counts
+    # in decode 4 experts a workgroup: 32 CUs read the router, 23 KB each; above, reading it once a
+    # tile counts
     columns = 4 if decode else 16
     g = Gemm(H, E, "bf16", False, "bf16", 16 if decode else 32, 16, columns, 8, 0)
     grid = (
@@ -1798,8 +1860,9 @@ def gating_gemm(x, router_weight, router_bias, packed: PackedExperts, top_k: int
 
 
 def dispatch_swiglu(routing: Routing, packed: PackedExperts, swiglu_limit: float = 7.0):
-    """The first expert GEMM of all rows and SwiGLU -> h, by place, as the second GEMM reads it: bf16 or uint8
-    [T * SLOTS, I] or [T * SLOTS, I/2] (e2m1), and its scales uint8 [T * SLOTS, I/32] in mx formats."""
+    """The first expert GEMM of all rows and SwiGLU -> h, by place, as the second GEMM reads it:
+    bf16 or uint8 [T * SLOTS, I] or [T * SLOTS, I/2] (e2m1), and its scales uint8 [T * SLOTS, I/32]
+    in mx formats."""
     f, w, (T, slots) = FORMATS[packed.activations], packed.gate_up, routing.chosen.shape
     h, h_scale = empty_activations(f, T * slots, w.N // 2, w.data.device)
     arguments = (
@@ -1830,8 +1893,8 @@ def dispatch_swiglu(routing: Routing, packed: PackedExperts, swiglu_limit: float
 
 
 def combine(h, h_scale, routing: Routing, packed: PackedExperts) -> torch.Tensor:
-    """The second expert GEMM, weighted by the gates and summed over each token's slots, without atomics: one launch in
-    decode, two above. h, h_scale from `dispatch_swiglu` -> bf16 [T, H]."""
+    """The second expert GEMM, weighted by the gates and summed over each token's slots, without
+    atomics: one launch in decode, two above. h, h_scale from `dispatch_swiglu` -> bf16 [T, H]."""
     w, (T, slots) = packed.down, routing.chosen.shape
     out = torch.empty(T, w.N, dtype=torch.bfloat16, device=h.device)
     inputs = h, h_scale, w.data, w.scale, w.bias, routing.tiles, routing.num_tiles, routing.rows
@@ -1872,9 +1935,9 @@ def moe(
     activations: str | None = None,
     swiglu_limit: float = 7.0,
 ) -> torch.Tensor:
-    """The whole layer. x bf16 [T, H], router_weight bf16 [E, H], router_bias bf16 or float32 [E] -> bf16 [T, H].
-    `activations`, if given, must be what `packed` was prepared for. Nothing is read back to the host. Raises ValueError
-    for what the kernels do not take."""
+    """The whole layer. x bf16 [T, H], router_weight bf16 [E, H], router_bias bf16 or float32 [E] ->
+    bf16 [T, H]. `activations`, if given, must be what `packed` was prepared for. Nothing is read
+    back to the host. Raises ValueError for what the kernels do not take."""
     E, H = router_weight.shape
     if activations not in (None, packed.activations):
         raise ValueError(
@@ -1901,14 +1964,14 @@ def moe(
     return combine(*dispatch_swiglu(routing, packed, swiglu_limit), routing, packed)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the compiler made
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Of a compiled kernel: registers, spilled registers, scratch bytes a lane, LDS bytes a workgroup, waves a SIMD (by
-    registers and LDS, from LLVM), code bytes."""
+    """Of a compiled kernel: registers, spilled registers, scratch bytes a lane, LDS bytes a
+    workgroup, waves a SIMD (by registers and LDS, from LLVM), code bytes."""
 
     sgprs: int
     vgprs: int
@@ -1922,7 +1985,8 @@ class Profile:
 
 
 def static_profile(compiled) -> Profile:
-    """`compiled` is what `kernel[grid](...)` returns. Read from its assembly; LDS, which is dynamic, from Triton."""
+    """`compiled` is what `kernel[grid](...)` returns. Read from its assembly; LDS, which is
+    dynamic, from Triton."""
     text = compiled.asm["amdgcn"]
 
     def number(name):
@@ -1943,7 +2007,8 @@ def static_profile(compiled) -> Profile:
 
 
 def assert_no_spills(compiled) -> Profile:
-    """The profile of a kernel that keeps everything in registers; AssertionError, naming it, for one that does not."""
+    """The profile of a kernel that keeps everything in registers; AssertionError, naming it, for
+    one that does not."""
     profile = static_profile(compiled)
     if profile.sgpr_spills or profile.vgpr_spills or profile.scratch:
         raise AssertionError(f"{compiled.metadata.name} spills: {profile}")

@@ -1,9 +1,10 @@
-"""Tests of the engine: `python -m pytest`. The oracle is Hugging Face transformers' own GPT-OSS, in float32.
+"""Tests of the engine: `python -m pytest`. The oracle is Hugging Face transformers' own GPT-OSS, in
+float32.
 
-One random model is written in every published layout; its numbers are exact in bf16 and mxfp4, so that all layouts
-and the oracle hold the same weights. Where a test compares float32 results, 1e-4 relative is what the issue of
-summation order leaves: about 1e-6 a GEMM, through a few layers and a softmax.
-"""
+One random model is written in every published layout; its numbers are exact in bf16 and mxfp4, so
+that all layouts and the oracle hold the same weights. Where a test compares float32 results, 1e-4
+relative is what the issue of summation order leaves: about 1e-6 a GEMM, through a few layers and a
+softmax."""
 
 import json
 import math
@@ -38,7 +39,7 @@ SMALL = dict(
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One random model in every layout
 
 
@@ -234,7 +235,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model against the oracle
 
 ODD = [
@@ -359,11 +360,12 @@ def test_prefill_scores_stay_bounded(tmp_path, monkeypatch):
 def test_bfloat16_is_near_float32(tmp_path):
     path, tokens = make(tmp_path, num_hidden_layers=2), prompt_of(60)
     low = GPTOSS.from_pretrained(path, dtype=torch.bfloat16).logits(tokens)
-    # about ten roundings of 2^-9 in each layer, in quadrature, and experts that near-ties of the router swap
+    # about ten roundings of 2^-9 in each layer, in quadrature, and experts that near-ties of the
+    # router swap
     assert relative(low, GPTOSS.from_pretrained(path).logits(tokens)) < 0.1
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Engine
 
 
@@ -508,7 +510,7 @@ def test_bad_model_arguments_are_named(tmp_path, options, message):
         GPTOSS.from_pretrained(make(tmp_path), **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Number formats and the MoE layer
 
 E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -610,8 +612,9 @@ def moe_case(T=9, seed=0):
 
 @pytest.mark.parametrize("activations", gptoss.ACTIVATIONS)
 def test_moe_reference_is_the_equations(activations):
-    """Token by token and expert by expert, in float64. float32 sums differ by 1e-6, and may carry an intermediate over
-    a rounding step of its format (2^-4 of an element for e4m3, 2^-2 for e2m1), in an element of 10^5 or fewer."""
+    """Token by token and expert by expert, in float64. float32 sums differ by 1e-6, and may carry
+    an intermediate over a rounding step of its format (2^-4 of an element for e4m3, 2^-2 for e2m1),
+    in an element of 10^5 or fewer."""
     x, router_weight, router_bias, experts = moe_case()
 
     def seen(v, scale):
@@ -660,7 +663,7 @@ def test_router_ties_go_to_the_smaller_expert():
     assert relative(found, (alone[0] + alone[1]) / 2) < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad checkpoints
 
 
@@ -803,7 +806,8 @@ def test_quark_input_scale_is_the_maximum_and_fp8_is_its_default(tmp_path):
     not Path("/proc/self/status").exists(), reason="reads Linux's account of a process's memory"
 )
 def test_loading_stays_within_memory(tmp_path):
-    """Quark's experts are joined in memory, the worst case: size x 1.15 + 500 MB, of which an import takes half."""
+    """Quark's experts are joined in memory, the worst case: size x 1.15 + 500 MB, of which an
+    import takes half."""
     path = make(
         tmp_path,
         "quark",
@@ -827,7 +831,7 @@ def test_loading_stays_within_memory(tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The embedded model, the tokenizer and the command line
 
 

@@ -5,9 +5,8 @@
     quark      amd/gpt-oss-120b-w-mxfp4-a-fp8               tensors per expert, static FP8 activation scales
     hf-bf16    an unquantised Hugging Face export           experts as [E, in, out]
 
-Files are memory-mapped (safetensors) and packed experts stay packed. Shape letters, here and in gptoss.py:
-V vocabulary, H hidden size, I intermediate size, D head dim, E experts, T tokens.
-"""
+Files are memory-mapped (safetensors) and packed experts stay packed. Shape letters, here and in
+gptoss.py: V vocabulary, H hidden size, I intermediate size, D head dim, E experts, T tokens."""
 
 import dataclasses
 import json
@@ -26,10 +25,11 @@ MX_GROUP = 32  # values that share one E8M0 scale (OCP Microscaling Formats v1.0
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file, the tensor or key, and what was expected."""
+    """A checkpoint that cannot be used; the message names the file, the tensor or key, and what was
+    expected."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Config
 
 # what this engine computes; a config that says otherwise is refused
@@ -47,13 +47,15 @@ LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
 def keys(*paths: str):
-    """A field of Config and the keys of config.json that may hold it; dots go into nested tables."""
+    """A field of Config and the keys of config.json that may hold it; dots go into nested
+    tables."""
     return dataclasses.field(metadata={"paths": paths})
 
 
 @dataclass(frozen=True)
 class Config:
-    """The model's constants, from either config.json schema: Hugging Face's (of transformers 4 or 5) or OpenAI's."""
+    """The model's constants, from either config.json schema: Hugging Face's (of transformers 4 or
+    5) or OpenAI's."""
 
     vocab_size: int = keys("vocab_size")
     hidden_size: int = keys("hidden_size")
@@ -90,7 +92,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw: dict, source: str = "config.json") -> "Config":
-        """From a parsed config.json. Raises CheckpointError naming the key that is missing or contradictory."""
+        """From a parsed config.json. Raises CheckpointError naming the key that is missing or
+        contradictory."""
         for path, required in ARCHITECTURE.items():
             found = lookup(raw, path)
             # transformers takes an absent YaRN `truncate` for true: there, absence contradicts
@@ -143,7 +146,8 @@ class Config:
 
     @staticmethod
     def unstated(name: str, raw: dict, earlier: dict):
-        """The value of a key that a schema leaves to its code (None: it must be there), given the fields before it."""
+        """The value of a key that a schema leaves to its code (None: it must be there), given the
+        fields before it."""
         if name == "layer_types":
             return [LAYER_TYPES[n % 2] for n in range(earlier["num_hidden_layers"])]
         if "rope_scaling_factor" not in raw:  # Hugging Face's schema
@@ -162,7 +166,7 @@ def lookup(table: dict, path: str):
     return table
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a checkpoint becomes
 
 
@@ -170,8 +174,8 @@ def lookup(table: dict, path: str):
 class Experts:
     """One layer's experts, as stored. Rows of gate_up interleave gate (even) and up (odd).
 
-    mxfp4: two e2m1 codes a byte, the low nibble first; one E8M0 scale byte s (value 2^(s-127)) per 32 inputs.
-    """
+    mxfp4: two e2m1 codes a byte, the low nibble first; one E8M0 scale byte s (value 2^(s-127)) per
+    32 inputs."""
 
     gate_up_weight: torch.Tensor  # uint8 [E, 2I, H/2], or bf16 [E, 2I, H]
     gate_up_scale: torch.Tensor | None  # uint8 [E, 2I, H/32]
@@ -187,10 +191,10 @@ class Experts:
 
 @dataclass
 class Checkpoint:
-    """A loaded checkpoint. `dense` maps our names to bf16 tensors: embedding and unembedding [V, H], norm [H], and
-    for layer l `{l}.attn_norm` [H], `{l}.qkv_weight` [(heads + 2 kv_heads) * D, H], `{l}.qkv_bias`, `{l}.sinks`
-    [heads], `{l}.out_weight` [H, heads * D], `{l}.out_bias` [H], `{l}.mlp_norm` [H], `{l}.router_weight` [E, H],
-    `{l}.router_bias` [E]."""
+    """A loaded checkpoint. `dense` maps our names to bf16 tensors: embedding and unembedding [V,
+    H], norm [H], and for layer l `{l}.attn_norm` [H], `{l}.qkv_weight` [(heads + 2 kv_heads) * D,
+    H], `{l}.qkv_bias`, `{l}.sinks` [heads], `{l}.out_weight` [H, heads * D], `{l}.out_bias` [H],
+    `{l}.mlp_norm` [H], `{l}.router_weight` [E, H], `{l}.router_bias` [E]."""
 
     config: Config
     layout: str  # "hf-mxfp4" | "openai" | "quark" | "hf-bf16"
@@ -198,8 +202,8 @@ class Checkpoint:
     experts: list[Experts]  # one per layer
 
 
-# Every tensor of every layout: its stored name, our name, its dtype, its shape. {l} counts layers, {e} experts. Rows of
-# one name are joined: q, k, v along their rows, Quark's experts by stacking.
+# Every tensor of every layout: its stored name, our name, its dtype, its shape. {l} counts layers,
+# {e} experts. Rows of one name are joined: q, k, v along their rows, Quark's experts by stacking.
 HF = """
 model.embed_tokens.weight                           embedding           bf16  V H
 lm_head.weight                                      unembedding         bf16  V H
@@ -328,13 +332,14 @@ def tensors_of(config: Config, layout: str, layer: int | None) -> list[Stored]:
     return stored
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Loads the checkpoint in folder `path`. Tensors are memory-mapped views of its files, but for those that are
-    joined (Hugging Face's q, k, v; Quark's experts), which are copied into memory a layer at a time.
+    """Loads the checkpoint in folder `path`. Tensors are memory-mapped views of its files, but for
+    those that are joined (Hugging Face's q, k, v; Quark's experts), which are copied into memory a
+    layer at a time.
 
     Raises CheckpointError for anything missing, unexpected, contradictory or damaged."""
     path = Path(path)
@@ -369,7 +374,8 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def read(files: dict[str, Path], group: list[Stored]) -> dict[str, torch.Tensor]:
-    """Our name -> tensor. What is joined is read through maps of its own, so that its pages leave memory with them."""
+    """Our name -> tensor. What is joined is read through maps of its own, so that its pages leave
+    memory with them."""
     rows = Counter(stored.ours for stored in group)
     maps: dict[tuple[Path, bool], safe_open] = {}
     parts: dict[str, list[torch.Tensor]] = {}
@@ -406,7 +412,8 @@ def as_experts(layout: str, fields: dict) -> Experts:
 
 
 def decide_layout(path: Path, raw: dict, names: Iterable[str]) -> str:
-    """The layout, from the tensor names and config.json's quantization_config; a contradiction raises."""
+    """The layout, from the tensor names and config.json's quantization_config; a contradiction
+    raises."""
     source, quantization = path / "config.json", raw.get("quantization_config") or {}
     method = str(quantization.get("quant_method", "")).lower()
     found = [layout for layout, mark in MARKS.items() if any(name.endswith(mark) for name in names)]
@@ -435,7 +442,8 @@ def decide_layout(path: Path, raw: dict, names: Iterable[str]) -> str:
 
 
 def check_quark(source: Path, quantization: dict) -> None:
-    """Raises unless this is Quark's w_mxfp4_a_fp8: fp4 weights with E8M0 scales per 32, static FP8 activations."""
+    """Raises unless this is Quark's w_mxfp4_a_fp8: fp4 weights with E8M0 scales per 32, static FP8
+    activations."""
     for path, allowed in {
         "global_quant_config.weight.dtype": "fp4|mxfp4",
         "global_quant_config.weight.qscheme": "per_group",
@@ -470,7 +478,8 @@ def read_json(file: Path) -> dict:
 
 
 def find_files(path: Path) -> dict[str, Path]:
-    """Name of every tensor -> the file that holds it; the shard index, where there is one, must agree."""
+    """Name of every tensor -> the file that holds it; the shard index, where there is one, must
+    agree."""
     index = path / "model.safetensors.index.json"
     shards = sorted(path.glob("*.safetensors"))
     weight_map = {}
@@ -510,7 +519,8 @@ def open_file(file: Path):
 
 
 def check(path: Path, files: dict[str, Path], expected: list[Stored]) -> None:
-    """Accounts for every tensor: raises on one that is missing, unexpected, or of another shape or dtype."""
+    """Accounts for every tensor: raises on one that is missing, unexpected, or of another shape or
+    dtype."""
     headers = {file: open_file(file) for file in set(files.values())}
     for stored in expected:
         want = f"expected {' or '.join(stored.dtypes)} {list(stored.shape)}"
@@ -544,13 +554,14 @@ def progress(items: Collection, label: str) -> Iterator:
             print(f"\r{label} [{bar}] {done}/{len(items)}", end=end, file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizer
 
 
 def byte_of_character() -> dict[str, int]:
-    """The printable characters that stand for bytes in a byte-level BPE vocabulary (GPT-2's encoder.py): a byte that
-    prints stands for itself, the others take the code points from 256 on, in order."""
+    """The printable characters that stand for bytes in a byte-level BPE vocabulary (GPT-2's
+    encoder.py): a byte that prints stands for itself, the others take the code points from 256 on,
+    in order."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -561,8 +572,9 @@ def byte_of_character() -> dict[str, int]:
 
 
 def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
-    """The checkpoint's own tokenizer.json (byte-level BPE) as a tiktoken encoding; for OpenAI's layout, which has
-    none, tiktoken's o200k_harmony. Raises CheckpointError where neither can be had."""
+    """The checkpoint's own tokenizer.json (byte-level BPE) as a tiktoken encoding; for OpenAI's
+    layout, which has none, tiktoken's o200k_harmony. Raises CheckpointError where neither can be
+    had."""
     file = Path(path) / "tokenizer.json"
     if not file.exists():
         try:

@@ -1,4 +1,5 @@
-"""Run Triton and Gluon kernels compiled for AMD gfx950 on a CPU, from their assembly text, adversarially.
+"""Run Triton and Gluon kernels compiled for AMD gfx950 on a CPU, from their assembly text,
+adversarially.
 
 with gfx950.emulate(timing="lazy", schedule="lockstep", seed=0) as gpu:
     kernel[grid](cpu_tensor, ...)
@@ -29,8 +30,8 @@ LDS_BYTES = 160 * 1024
 
 @dataclass
 class Launch:
-    """What one kernel[grid](...) did. `waves` counts all workgroups; `profile` is static, `counters` None when only
-    compiled."""
+    """What one kernel[grid](...) did. `waves` counts all workgroups; `profile` is static,
+    `counters` None when only compiled."""
 
     name: str
     grid: tuple
@@ -45,7 +46,8 @@ class Launch:
 
 
 class Utils:
-    """The part of a Triton driver that loads binaries: nothing is loaded, the launcher reads the assembly."""
+    """The part of a Triton driver that loads binaries: nothing is loaded, the launcher reads the
+    assembly."""
 
     @staticmethod
     def load_binary(name, binary, shared, device):
@@ -68,7 +70,8 @@ class Utils:
 
 
 class Launcher:
-    """Triton makes one per compiled kernel and keeps it, so it looks up the driver that is active at each launch."""
+    """Triton makes one per compiled kernel and keeps it, so it looks up the driver that is active
+    at each launch."""
 
     def __init__(self, src, metadata):
         text = get_cache_manager(metadata.hash).get_file(f"{src.name[:150]}.amdgcn")
@@ -102,7 +105,8 @@ def flatten(types, args, names):
 
 
 class Driver:
-    """What Triton asks of a driver. The device is no number, so kernels cached for a real GPU stay apart."""
+    """What Triton asks of a driver. The device is no number, so kernels cached for a real GPU stay
+    apart."""
 
     utils, launcher_cls = Utils(), Launcher
 
@@ -125,7 +129,8 @@ class Driver:
         return torch.device("cpu")
 
     def get_benchmarker(self):
-        """triton.autotune ranks configurations by this: modelled cycles, as no time here means anything."""
+        """triton.autotune ranks configurations by this: modelled cycles, as no time here means
+        anything."""
 
         def bench(call, quantiles=None, **_):
             call()
@@ -156,11 +161,11 @@ def extent(tensor):
 
 
 def tensor_spans(args):
-    """One span per tensor, views of one storage that overlap merged. Returns (spans, function tensor -> address).
+    """One span per tensor, views of one storage that overlap merged. Returns (spans, function
+    tensor -> address).
 
-    Kernels see made-up addresses 2^40 apart, so that running off one tensor never lands in the next; the low 16 bits
-    are the real ones, which keeps alignment.
-    """
+    Kernels see made-up addresses 2^40 apart, so that running off one tensor never lands in the
+    next; the low 16 bits are the real ones, which keeps alignment."""
     ranges = []
     for _, a, name in args:
         if hasattr(a, "data_ptr") and extent(a):
@@ -250,7 +255,8 @@ class Session:
 
 
 def kernel_arguments(program, grid, num_warps, args, address):
-    """The kernarg segment as the assembly's metadata lays it out; Triton appends scratch pointers (null here)."""
+    """The kernarg segment as the assembly's metadata lays it out; Triton appends scratch pointers
+    (null here)."""
     data, explicit = np.zeros(max(8, program.directives["kernarg_size"] + 64), np.uint8), iter(args)
     hidden = {f"hidden_block_count_{c}": grid[i] for i, c in enumerate("xyz")}
     hidden |= {
@@ -275,8 +281,8 @@ def kernel_arguments(program, grid, num_warps, args, address):
 
 
 class PoisonEmpty(TorchFunctionMode):
-    """Fills what torch.empty and its relatives return with 0xFF bytes, a NaN in every float format and -1 in integers,
-    so that an output no kernel wrote is never right by luck."""
+    """Fills what torch.empty and its relatives return with 0xFF bytes, a NaN in every float format
+    and -1 in integers, so that an output no kernel wrote is never right by luck."""
 
     EMPTY = {
         torch.empty,
@@ -306,14 +312,15 @@ def activate(session):
 
 @contextmanager
 def emulate(timing="lazy", schedule="lockstep", seed=0, trace=None):
-    """Inside the block every Triton kernel launched on CPU tensors is compiled for gfx950 and its assembly executed.
+    """Inside the block every Triton kernel launched on CPU tensors is compiled for gfx950 and its
+    assembly executed.
 
-    timing: "lazy" (memory operations complete when a wait forces them), "eager" (at issue), "random" (in between).
-    schedule: "lockstep" (waves of a workgroup together), "skew" (one wave far ahead), "random". trace: a workgroup,
-    counted along x, then y, then z: each launch then keeps the instruction numbers its wave 0 executed, in order, as
-    `launch.trace` (empty where the grid is smaller). Raises GPUFault for faults of the kernel and Unsupported for
-    instructions the emulator does not know, both naming the Python line.
-    """
+    timing: "lazy" (memory operations complete when a wait forces them), "eager" (at issue),
+    "random" (in between). schedule: "lockstep" (waves of a workgroup together), "skew" (one wave
+    far ahead), "random". trace: a workgroup, counted along x, then y, then z: each launch then
+    keeps the instruction numbers its wave 0 executed, in order, as `launch.trace` (empty where the
+    grid is smaller). Raises GPUFault for faults of the kernel and Unsupported for instructions the
+    emulator does not know, both naming the Python line."""
     for value, allowed in (
         (timing, ("lazy", "eager", "random")),
         (schedule, ("lockstep", "skew", "random")),
@@ -329,6 +336,7 @@ def emulate(timing="lazy", schedule="lockstep", seed=0, trace=None):
 
 @contextmanager
 def compile_only():
-    """As `emulate`, but launches compile and record their static profile only; tensors may be on the meta device."""
+    """As `emulate`, but launches compile and record their static profile only; tensors may be on
+    the meta device."""
     with activate(Session("lazy", "lockstep", 0, execute=False)) as session:
         yield session

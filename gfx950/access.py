@@ -1,11 +1,12 @@
-"""Memory instructions: addresses, loads, stores, atomics and copies to LDS, on the storage of `memory`.
+"""Memory instructions: addresses, loads, stores, atomics and copies to LDS, on the storage of
+`memory`.
 
-Completion (MI300 ISA, "Data dependency resolution"; LLVM AMDGPUUsage, "Memory Model GFX942"): a wave's vector memory
-operations complete in issue order under vmcnt, loads and stores alike; its LDS operations in issue order under lgkmcnt;
-scalar loads in any order under the same counter, so that only lgkmcnt(0) guarantees one. "lazy" completes an operation
-when a wait forces it, "eager" at issue, "random" somewhere between. An instruction reads its registers at issue;
-`finish` moves the data.
-"""
+Completion (MI300 ISA, "Data dependency resolution"; LLVM AMDGPUUsage, "Memory Model GFX942"): a
+wave's vector memory operations complete in issue order under vmcnt, loads and stores alike; its LDS
+operations in issue order under lgkmcnt; scalar loads in any order under the same counter, so that
+only lgkmcnt(0) guarantees one. "lazy" completes an operation when a wait forces it, "eager" at
+issue, "random" somewhere between. An instruction reads its registers at issue; `finish` moves the
+data."""
 
 import re
 
@@ -59,12 +60,14 @@ def pair(read, index):
     return (read(index).astype(u64) | read(index + 1).astype(u64) << u64(32)).view(i64)
 
 
-# ---------------------------------------------------------------------------------------------- addresses
+# ----------------------------------------------------------------------------------------------
+# addresses
 
 
 def buffer_address(ins, operands):
-    """Raw buffer: 48-bit base + soffset + voffset + imm. A lane is out of range when voffset + imm + size exceeds
-    num_records - soffset (MI300 ISA, "Range checking"): it loads 0 and stores nothing."""
+    """Raw buffer: 48-bit base + soffset + voffset + imm. A lane is out of range when voffset + imm
+    + size exceeds num_records - soffset (MI300 ISA, "Range checking"): it loads 0 and stores
+    nothing."""
     vaddr, rsrc, soffset = operands
     if ins.mods.get("idxen"):
         raise Unsupported("indexed buffer addressing")
@@ -118,7 +121,8 @@ NO_OFFSET = Operand("name", value="off")
 
 
 def split_operands(space, operands):
-    """(data register or None, address operands) of a store or atomic without its returned register."""
+    """(data register or None, address operands) of a store or atomic without its returned
+    register."""
     if space == "buffer":
         return operands[0], operands[1:]
     vaddr, data, *saddr = operands
@@ -126,7 +130,8 @@ def split_operands(space, operands):
 
 
 class Access:
-    """One execution: addresses int64 [n, 64], the lanes that reach memory, and where their bytes lie."""
+    """One execution: addresses int64 [n, 64], the lanes that reach memory, and where their bytes
+    lie."""
 
     def __init__(self, w, ins, compute, nbytes, *kinds):
         addr, inside = compute(w, nbytes)
@@ -154,11 +159,13 @@ class Access:
         self.w.m.vm.push(self.w, self.ins, finish, regs, nbytes, self.addr, self.lanes)
 
 
-# ---------------------------------------------------------------------------------------------- global memory
+# ----------------------------------------------------------------------------------------------
+# global memory
 
 
 def extend(values, sign_bit, ins, w, dst):
-    """Sign extension, and the d16 forms, which replace one half of the register and keep the other."""
+    """Sign extension, and the d16 forms, which replace one half of the register and keep the
+    other."""
     if sign_bit:
         values = ((values.view(i32) << i32(32 - sign_bit)) >> i32(32 - sign_bit)).view(u32)
     if "d16" in ins.op:
@@ -192,8 +199,9 @@ def vector_load(ins):
 
 
 def copy_to_lds(ins, space, nbytes):
-    """Direct-to-LDS load: lane i's bytes go to M0 + imm + i * size (CDNA4 ISA, buffer load to LDS). Lanes out of the
-    descriptor's range write 0 (Triton's masks rely on it), lanes off in EXEC nothing."""
+    """Direct-to-LDS load: lane i's bytes go to M0 + imm + i * size (CDNA4 ISA, buffer load to LDS).
+    Lanes out of the descriptor's range write 0 (Triton's masks rely on it), lanes off in EXEC
+    nothing."""
     compute, imm = ADDRESS[space](ins, ins.operands), ins.mods.get("offset", 0)
 
     def run(w):
@@ -264,7 +272,8 @@ def scalar_load(ins):
     return run
 
 
-# ---------------------------------------------------------------------------------------------- atomics
+# ----------------------------------------------------------------------------------------------
+# atomics
 
 
 def typed(dtype, fn):
@@ -328,8 +337,8 @@ RMW |= {
 
 
 def modify(span, off, words, fn, compare, order):
-    """Applies `new = fn(old, data)` (or compare-and-swap) lane by lane in `order`; lanes that share an address take
-    turns. words uint32 [k, 1 or 2]; returns the old values uint32 [k, same]."""
+    """Applies `new = fn(old, data)` (or compare-and-swap) lane by lane in `order`; lanes that share
+    an address take turns. words uint32 [k, 1 or 2]; returns the old values uint32 [k, same]."""
     dtype, nbytes = (u32, 4) if words.shape[1] == 1 else (u64, 8)
     data = np.ascontiguousarray(words).view(dtype)[:, 0]
     compare = None if compare is None else np.ascontiguousarray(compare).view(dtype)[:, 0]
@@ -353,7 +362,8 @@ def modify(span, off, words, fn, compare, order):
 
 
 def return_old(w, dst, old, lanes_hit, lanes_on):
-    """Writes the old values [k, words] of the lanes that reached memory; others that are on get 0."""
+    """Writes the old values [k, words] of the lanes that reached memory; others that are on get
+    0."""
     for i in range(old.shape[1]):
         out = np.zeros((w.n, 64), u32)
         out[lanes_hit if lanes_hit is not None else slice(None)] = (
@@ -411,7 +421,8 @@ def access_bytes(ins):
 
 
 def ds_offsets(ins, nbytes):
-    """Byte offsets of the one or two accesses: read2 and write2 count in elements, st64 in 64 of them."""
+    """Byte offsets of the one or two accesses: read2 and write2 count in elements, st64 in 64 of
+    them."""
     if "2" in ins.op.split("_")[1]:
         scale = nbytes * (64 if "st64" in ins.op else 1)
         return [ins.mods.get(f"offset{i}", 0) * scale for i in (0, 1)]
@@ -419,8 +430,9 @@ def ds_offsets(ins, nbytes):
 
 
 def transpose(values, bits):
-    """ds_read_b64_tr_b{16,8,4}: a row of 16 lanes holds 16 x c elements, c a lane, in memory order; lane i gets element
-    i of every stored row: out[i][j] = in[(16 j + i) // c][i % c] (for b16, c = 4: in[4 j + i // 4][i % 4])."""
+    """ds_read_b64_tr_b{16,8,4}: a row of 16 lanes holds 16 x c elements, c a lane, in memory order;
+    lane i gets element i of every stored row: out[i][j] = in[(16 j + i) // c][i % c] (for b16, c =
+    4: in[4 j + i // 4][i % 4])."""
     flat = np.ascontiguousarray(values.transpose(1, 2, 0)).view(
         {16: u16, 8: u8, 4: u8}[bits]
     )  # n, 64, elements
@@ -516,8 +528,8 @@ def ds_atomic(ins):
 
 
 def swizzle_lanes(offset):
-    """Source lanes of ds_swizzle_b32 (MI300 ISA, DS_SWIZZLE_B32; names: LLVM, "swizzle"): and, or, xor masks within 32
-    lanes, or a quad permutation."""
+    """Source lanes of ds_swizzle_b32 (MI300 ISA, DS_SWIZZLE_B32; names: LLVM, "swizzle"): and, or,
+    xor masks within 32 lanes, or a quad permutation."""
     if isinstance(offset, str):
         mode, *rest = [x.strip() for x in offset[len("swizzle(") : -1].split(",")]
         if mode == "BITMASK_PERM":  # a character a bit, high first: 0, 1, p(reserve), i(nvert)
@@ -539,8 +551,8 @@ def swizzle_lanes(offset):
 
 
 def ds_permute(ins):
-    """ds_bpermute (pull), ds_permute (push) and ds_swizzle use the LDS crossbar and not its memory. Lanes off in EXEC
-    give 0."""
+    """ds_bpermute (pull), ds_permute (push) and ds_swizzle use the LDS crossbar and not its memory.
+    Lanes off in EXEC give 0."""
     dst, *sources = ins.operands
     gets, imm = [reader(o, "u32") for o in sources], ins.mods.get("offset", 0)
     swizzle = swizzle_lanes(imm) if ins.op == "ds_swizzle_b32" else None
@@ -568,8 +580,8 @@ def ds_permute(ins):
 
 
 def only_rewrites(ins, queue, pending):
-    """Whether a load of the same in-order queue touches pending registers only as its destination, as the two halves of
-    a d16 pair do."""
+    """Whether a load of the same in-order queue touches pending registers only as its destination,
+    as the two halves of a d16 pair do."""
     pattern = {
         "vm": r"(buffer|global|flat|scratch)_load",
         "ds": r"ds_(read|bpermute|permute|swizzle)",

@@ -1,7 +1,8 @@
-"""Assembly text as Triton's AMD backend prints it, parsed into instructions, operands and kernel metadata.
+"""Assembly text as Triton's AMD backend prints it, parsed into instructions, operands and kernel
+metadata.
 
-Syntax: LLVM "AMDGPU Operand Syntax" and "AMDGPU Modifier Syntax" (llvm.org/docs/AMDGPUOperandSyntax.html).
-"""
+Syntax: LLVM "AMDGPU Operand Syntax" and "AMDGPU Modifier Syntax"
+(llvm.org/docs/AMDGPUOperandSyntax.html)."""
 
 import re
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ SGPR_BIT = 512  # register masks: bits 0..511 VGPR and AGPR, then SGPRs
 
 @dataclass(frozen=True)
 class Operand:
-    """kind: "v" vector register, "s" scalar register, "int" / "float" constant, "hex" 32-bit literal, "name" label."""
+    """kind: "v" vector register, "s" scalar register, "int" / "float" constant, "hex" 32-bit
+    literal, "name" label."""
 
     kind: str
     index: int = 0
@@ -41,7 +43,8 @@ class Operand:
 
 @dataclass
 class Instruction:
-    """One line. `op` is the mnemonic without its encoding suffix; `where` is the Python line it came from."""
+    """One line. `op` is the mnemonic without its encoding suffix; `where` is the Python line it
+    came from."""
 
     op: str
     operands: list
@@ -103,7 +106,8 @@ def parse_operand(text, accum_offset):
 
 
 def parse_mod(text):
-    """`offset:16`, `op_sel:[0,1]`, `src0_sel:WORD_1`, `vmcnt(3)`, or a bare flag such as `lds` -> (name, value)."""
+    """`offset:16`, `op_sel:[0,1]`, `src0_sel:WORD_1`, `vmcnt(3)`, or a bare flag such as `lds` ->
+    (name, value)."""
     if m := re.fullmatch(r"(\w+)\((\d+)\)", text):
         return m[1], int(m[2])
     name, colon, value = text.partition(":")
@@ -139,7 +143,8 @@ def parse_instruction(text, where, accum_offset):
 
 
 def parse(text):
-    """Parses a whole `.amdgcn` text into a Program. Raises ValueError where it does not hold exactly one kernel."""
+    """Parses a whole `.amdgcn` text into a Program. Raises ValueError where it does not hold
+    exactly one kernel."""
     names = re.findall(r"^\s*\.amdhsa_kernel (\S+)", text, re.M)
     if len(names) != 1:
         raise ValueError(f"expected one kernel in the assembly, found {names}")

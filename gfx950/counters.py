@@ -1,14 +1,16 @@
-"""What a launch executed, and a model of which resource it keeps busiest. Counts are exact; cycles are a model.
+"""What a launch executed, and a model of which resource it keeps busiest. Counts are exact; cycles
+are a model.
 
-The model, all of it: a wave-instruction occupies its SIMD's vector pipe 4 cycles (transcendentals 16), scalar slot 4
-cycles, its matrix pipe `matrix.cycles` (dense peak rates: bf16 1024 flop a cycle and SIMD, fp8 2048, fp4 4096). LDS
-reads 256 bytes a cycle and CU (AMD, rocm.blogs.amd.com, "FP8 GEMM Optimization on AMD CDNA4 Architecture", Table 1:
-twice CDNA3's) and, as that source names reads only, takes 128 from writes, atomics, permutes and direct copies. It
-works in passes over its 64 banks, to which bank conflicts add (`LDS.passes`, taken from one wave of each group). A CU
-requests 64 bytes a cycle from its vector cache. HBM delivers 8 TB/s at 2.4 GHz. Work is spread evenly over as many of
-256 CUs as there are workgroups and as many of their 4 SIMDs as there are waves. Latency, cache capacity, issue limits
-and clocks under load are not modelled: the table says what bounds a kernel from below, not its time.
-"""
+The model, all of it: a wave-instruction occupies its SIMD's vector pipe 4 cycles (transcendentals
+16), scalar slot 4 cycles, its matrix pipe `matrix.cycles` (dense peak rates: bf16 1024 flop a cycle
+and SIMD, fp8 2048, fp4 4096). LDS reads 256 bytes a cycle and CU (AMD, rocm.blogs.amd.com, "FP8
+GEMM Optimization on AMD CDNA4 Architecture", Table 1: twice CDNA3's) and, as that source names
+reads only, takes 128 from writes, atomics, permutes and direct copies. It works in passes over its
+64 banks, to which bank conflicts add (`LDS.passes`, taken from one wave of each group). A CU
+requests 64 bytes a cycle from its vector cache. HBM delivers 8 TB/s at 2.4 GHz. Work is spread
+evenly over as many of 256 CUs as there are workgroups and as many of their 4 SIMDs as there are
+waves. Latency, cache capacity, issue limits and clocks under load are not modelled: the table says
+what bounds a kernel from below, not its time."""
 
 import re
 
@@ -51,10 +53,11 @@ def classify(ins):
 
 
 class Counters:
-    """Exact counts of one launch. `instructions`: wave-instructions by class; `cycles`: the model's busy cycles, summed
-    over waves, of matrix, vector, scalar and LDS; `tensors`: name -> bytes requested ("read", "write") and distinct
-    ("read_unique", "write_unique") with the tensor's "size"; `peak_bytes_in_flight`: loads outstanding in one wave;
-    `unwritten_lds_bytes_read`: LDS bytes read that nobody wrote (legal where the values are masked off later)."""
+    """Exact counts of one launch. `instructions`: wave-instructions by class; `cycles`: the model's
+    busy cycles, summed over waves, of matrix, vector, scalar and LDS; `tensors`: name -> bytes
+    requested ("read", "write") and distinct ("read_unique", "write_unique") with the tensor's
+    "size"; `peak_bytes_in_flight`: loads outstanding in one wave; `unwritten_lds_bytes_read`: LDS
+    bytes read that nobody wrote (legal where the values are masked off later)."""
 
     def __init__(
         self,
@@ -103,11 +106,11 @@ class Counters:
         return instructions, cycles
 
     def loop(self):
-        """The steady loop: of the innermost loops the one with the most wave-instructions, per wave and iteration.
+        """The steady loop: of the innermost loops the one with the most wave-instructions, per wave
+        and iteration.
 
-        Returns {"first", "last" (instruction numbers), "iterations" (of all waves together), "instructions", "cycles",
-        "waits"}, or None for a kernel that never jumped back.
-        """
+        Returns {"first", "last" (instruction numbers), "iterations" (of all waves together),
+        "instructions", "cycles", "waits"}, or None for a kernel that never jumped back."""
         code, counts = self.program.code, self.counts
         backwards = [
             (self.program.labels[ins.operands[0].value], pc)
@@ -137,7 +140,8 @@ class Counters:
 
 
 def resources(launch):
-    """Modelled busy cycles of each resource's busiest unit: the largest bounds the kernel from below."""
+    """Modelled busy cycles of each resource's busiest unit: the largest bounds the kernel from
+    below."""
     c = launch.counters
     workgroups = int(np.prod(launch.grid))
     cus = min(CUS, workgroups)

@@ -1,8 +1,9 @@
-"""From a parsed instruction to a Python function of a wave group: operand access, modifiers and the lane operations.
+"""From a parsed instruction to a Python function of a wave group: operand access, modifiers and the
+lane operations.
 
-`w` everywhere is a `machine.Group`: n waves at one program counter. `w.v(r)` is vector register r as uint32 [n, 64],
-`w.s(r)` scalar register r as uint32 [n, 1]; arithmetic broadcasts the second against the first.
-"""
+`w` everywhere is a `machine.Group`: n waves at one program counter. `w.v(r)` is vector register r
+as uint32 [n, 64], `w.s(r)` scalar register r as uint32 [n, 1]; arithmetic broadcasts the second
+against the first."""
 
 import re
 
@@ -46,7 +47,8 @@ class Unsupported(Exception):
     """An opcode or modifier the emulator does not know."""
 
 
-# ---------------------------------------------------------------------------------------------- operands
+# ----------------------------------------------------------------------------------------------
+# operands
 
 
 def pack_mask(lanes):
@@ -62,7 +64,8 @@ def unpack_mask(lo, hi):
 
 
 def constant_bits(opd, typename):
-    """Bits of an inline constant or literal for an operand of this type (MI300 ISA, "Scalar and vector operands")."""
+    """Bits of an inline constant or literal for an operand of this type (MI300 ISA, "Scalar and
+    vector operands")."""
     size = SIZE[typename]
     if opd.kind == "float":
         ftype = {16: f16, 32: f32, 64: f64}[
@@ -104,7 +107,8 @@ IMPLICIT = {
 
 
 def reader(opd, typename, half=0, select=None):
-    """Function w -> array of this type. `half`: which 16 bits (op_sel); `select`: an SDWA byte or word."""
+    """Function w -> array of this type. `half`: which 16 bits (op_sel); `select`: an SDWA byte or
+    word."""
     dtype, size = NUMPY.get(typename), SIZE[typename]
     if typename == "b1":
         return read_mask(opd.index)
@@ -144,7 +148,8 @@ def sdwa_select(raw, select, signed):
 
 
 def writer(opd, typename, mods, half=None):
-    """Function (w, value, mask) storing value where mask (None: everywhere) allows. `half`: keep the other 16 bits."""
+    """Function (w, value, mask) storing value where mask (None: everywhere) allows. `half`: keep
+    the other 16 bits."""
     if typename == "b1":
         return write_mask(opd.index)
     dtype, size, r, vector = NUMPY[typename], SIZE[typename], opd.index, opd.kind == "v"
@@ -251,7 +256,8 @@ def with_dpp(read, mods):
     return permuted, writable
 
 
-# ---------------------------------------------------------------------------------------------- plain arithmetic
+# ----------------------------------------------------------------------------------------------
+# plain arithmetic
 
 PRESERVE_HIGH = {
     "v_mad_u16",
@@ -279,7 +285,8 @@ def saturating(fn, typename):
 
 
 def arithmetic(ins):
-    """The table-driven instructions: read the sources, apply the function, write the destinations."""
+    """The table-driven instructions: read the sources, apply the function, write the
+    destinations."""
     dst_types, src_types, fn = ALU[ins.op]
     if ins.mods.get("clamp") and dst_types[0][0] != "f":
         if not re.fullmatch(r"v_(add|sub|subrev)_[ui](16|32)", ins.op):
@@ -332,11 +339,13 @@ def arithmetic(ins):
     return several
 
 
-# ---------------------------------------------------------------------------------------------- packed arithmetic
+# ----------------------------------------------------------------------------------------------
+# packed arithmetic
 
 
 def packed(ins):
-    """v_pk_*: op_sel / op_sel_hi choose the half each operand gives to the low / high result; neg_lo, neg_hi."""
+    """v_pk_*: op_sel / op_sel_hi choose the half each operand gives to the low / high result;
+    neg_lo, neg_hi."""
     typename, count, fn = PACKED[ins.op[5:]]
     dst, *srcs = ins.operands
     mods, wide = ins.mods, typename == "f32"
@@ -386,7 +395,8 @@ def pk_mov(ins):
 
 
 def fma_mix(ins):
-    """v_fma_mix_f32 / mixlo / mixhi: per operand op_sel_hi says f16 (and op_sel which half) instead of f32."""
+    """v_fma_mix_f32 / mixlo / mixhi: per operand op_sel_hi says f16 (and op_sel which half) instead
+    of f32."""
     dst, *srcs = ins.operands
     sel, is16 = ins.mods.get("op_sel", [0] * 3), ins.mods.get("op_sel_hi", [0] * 3)
     raw = [reader(o, "f16" if is16[i] else "f32", sel[i]) for i, o in enumerate(srcs)]
@@ -399,7 +409,8 @@ def fma_mix(ins):
     return lambda w: put(w, fma32(*[np.asarray(g(w)).astype(f32) for g in raw]), w.mask)
 
 
-# ---------------------------------------------------------------------------------------------- lanes
+# ----------------------------------------------------------------------------------------------
+# lanes
 
 
 def readfirstlane(ins):
@@ -432,7 +443,8 @@ def writelane(ins):
 
 
 def permlane_swap(ins):
-    """v_permlane{16,32}_swap_b32: odd rows of the first register trade places with even rows of the second."""
+    """v_permlane{16,32}_swap_b32: odd rows of the first register trade places with even rows of the
+    second."""
     a, b = ins.operands
     width = 16 if "16" in ins.op else 32
     odd = (LANES & width) != 0
@@ -468,7 +480,8 @@ def mbcnt(ins):
     )
 
 
-# ---------------------------------------------------------------------------------------------- small floats
+# ----------------------------------------------------------------------------------------------
+# small floats
 
 SMALL = {"fp8": E4M3, "bf8": E5M2, "fp4": E2M1}
 WIDE = {
@@ -481,8 +494,9 @@ FP16_OVFL = 1 << 23  # MODE bit 23: conversions saturate instead of overflowing
 
 
 def widen(ins):
-    """v_cvt[_scalef32][_pk]_{f32,f16,bf16}_{fp8,bf8,fp4}: op_sel (or SDWA) picks the source byte or word; the scale
-    operand is a float32 of which only the exponent counts (CDNA4 ISA, "Conversion with scale")."""
+    """v_cvt[_scalef32][_pk]_{f32,f16,bf16}_{fp8,bf8,fp4}: op_sel (or SDWA) picks the source byte or
+    word; the scale operand is a float32 of which only the exponent counts (CDNA4 ISA, "Conversion
+    with scale")."""
     parts = ins.op.split("_")
     scaled, pair, wide, fmt = "scalef32" in parts, "pk" in parts, parts[-2], SMALL[parts[-1]]
     dst, src, *scale = ins.operands
@@ -511,8 +525,9 @@ def widen(ins):
 
 
 def narrow(ins):
-    """v_cvt[_scalef32]_pk_{fp8,bf8,fp4}_{f32,f16,bf16}: round to nearest even into the half (or, for fp4, the byte)
-    that op_sel names; the rest of the register stays. With a scale the input is divided by 2^exponent(scale)."""
+    """v_cvt[_scalef32]_pk_{fp8,bf8,fp4}_{f32,f16,bf16}: round to nearest even into the half (or,
+    for fp4, the byte) that op_sel names; the rest of the register stays. With a scale the input is
+    divided by 2^exponent(scale)."""
     parts = ins.op.split("_")
     scaled, fmt, wide = "scalef32" in parts, SMALL[parts[-2]], parts[-1]
     dst, *srcs = ins.operands
@@ -541,11 +556,13 @@ def narrow(ins):
     return run
 
 
-# ---------------------------------------------------------------------------------------------- scalar control
+# ----------------------------------------------------------------------------------------------
+# scalar control
 
 
 def set_mode(ins):
-    """s_setreg_imm32_b32 hwreg(HW_REG_MODE, offset, size): rounding and denormal bits must keep their IEEE values."""
+    """s_setreg_imm32_b32 hwreg(HW_REG_MODE, offset, size): rounding and denormal bits must keep
+    their IEEE values."""
     reg, value = ins.operands
     name, offset, size = ([x.strip() for x in reg.value[6:-1].split(",")] + ["0", "32"])[:3]
     if name != "HW_REG_MODE":

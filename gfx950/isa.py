@@ -1,11 +1,12 @@
-"""Scalar and vector arithmetic of gfx950 as one table: mnemonic -> (destination types, source types, function).
+"""Scalar and vector arithmetic of gfx950 as one table: mnemonic -> (destination types, source
+types, function).
 
-A function gets numpy arrays of its source types, lanes last, and returns the destination (a tuple for several).
-Types: u16 i16 f16 u32 i32 f32 u64 i64 f64 as numpy has them; `b1` a lane mask held in a scalar register pair;
-`vcc` the same, implicit; `scc` the scalar condition bit, implicit; `+t` the destination register read as type t.
-Semantics: "AMD Instinct MI300 ISA" (CDNA3) chapters 12.1 to 12.12 and "CDNA4 ISA" for what gfx950 adds. Where the
-hardware is only accurate to 1 ULP (rcp, rsq, exp, log, sin, cos) the table rounds correctly.
-"""
+A function gets numpy arrays of its source types, lanes last, and returns the destination (a tuple
+for several). Types: u16 i16 f16 u32 i32 f32 u64 i64 f64 as numpy has them; `b1` a lane mask held in
+a scalar register pair; `vcc` the same, implicit; `scc` the scalar condition bit, implicit; `+t` the
+destination register read as type t. Semantics: "AMD Instinct MI300 ISA" (CDNA3) chapters 12.1 to
+12.12 and "CDNA4 ISA" for what gfx950 adds. Where the hardware is only accurate to 1 ULP (rcp, rsq,
+exp, log, sin, cos) the table rounds correctly."""
 
 import numpy as np
 
@@ -17,12 +18,14 @@ NUMPY = {
     for t in (f16, f32, f64, u8, u16, u32, u64, i8, i16, i32, i64)
 }
 
-# ---------------------------------------------------------------------------------------------- number formats
+# ----------------------------------------------------------------------------------------------
+# number formats
 
 
 class Format:
-    """A small float: `ebits` exponent and `mbits` mantissa bits. `inf`: whether the top exponent holds infinities
-    and NaNs as in IEEE (e5m2), or only the all-ones code is NaN (e4m3), or every code is finite (e2m1): OCP MX 1.0."""
+    """A small float: `ebits` exponent and `mbits` mantissa bits. `inf`: whether the top exponent
+    holds infinities and NaNs as in IEEE (e5m2), or only the all-ones code is NaN (e4m3), or every
+    code is finite (e2m1): OCP MX 1.0."""
 
     def __init__(self, ebits, mbits, bias, top):
         self.mbits, self.bias, self.top, self.sign = mbits, bias, top, 1 << (ebits + mbits)
@@ -42,7 +45,8 @@ class Format:
         self.nan = self.sign - 1
 
     def encode(self, x, saturate):
-        """Rounds float64 to nearest even. Overflow: the largest finite value if `saturate`, else infinity or NaN."""
+        """Rounds float64 to nearest even. Overflow: the largest finite value if `saturate`, else
+        infinity or NaN."""
         a = np.abs(np.where(np.isfinite(x), x, 0.0))
         e = np.where(a > 0, np.maximum(np.frexp(a)[1] - 1, 1 - self.bias), 1 - self.bias)
         q = np.rint(np.ldexp(a, self.mbits - e))  # integer mantissa; 2^(mbits+1) carries over
@@ -71,13 +75,14 @@ def bf16_value(bits):
     return (bits.astype(u32) << u32(16)).view(f32)
 
 
-# ---------------------------------------------------------------------------------------------- helper semantics
+# ----------------------------------------------------------------------------------------------
+# helper semantics
 
 
 def fma32(a, b, c, exponent=0):
-    """(a b + c) 2^exponent rounded once. The product is exact in float64; where its sum with c then lies on a float32
-    tie, or falls into the denormals, whose ties lie elsewhere, the float64 sum is first rounded to odd, so that no
-    rounding is doubled."""
+    """(a b + c) 2^exponent rounded once. The product is exact in float64; where its sum with c then
+    lies on a float32 tie, or falls into the denormals, whose ties lie elsewhere, the float64 sum is
+    first rounded to odd, so that no rounding is doubled."""
     p = a.astype(f64) * b
     s = p + c
     bits = s.view(u64)
@@ -94,7 +99,8 @@ def fma32(a, b, c, exponent=0):
 
 
 def fma64(a, b, c, exponent=0):
-    """(a b + c) 2^exponent with the product's rounding error (Dekker) added back: within 1 ULP of rounding once."""
+    """(a b + c) 2^exponent with the product's rounding error (Dekker) added back: within 1 ULP of
+    rounding once."""
     p = a * b
     ah = (a * 134217729.0) - ((a * 134217729.0) - a)
     bh = (b * 134217729.0) - ((b * 134217729.0) - b)
@@ -112,7 +118,8 @@ def fma16(a, b, c):
 
 
 def pick_zero(r, a, b, op):
-    """max(+0, -0) is +0 and min is -0 whatever the order (ISA V_MAX_F32): combine the zeros' sign bits."""
+    """max(+0, -0) is +0 and min is -0 whatever the order (ISA V_MAX_F32): combine the zeros' sign
+    bits."""
     zero = (a == 0) & (b == 0)
     if not zero.any():
         return r
@@ -157,7 +164,8 @@ def to_int(t):
 
 
 def in64(fn):
-    """A transcendental evaluated in float64 and rounded to float32, tiny results flushed (ISA V_EXP_F32)."""
+    """A transcendental evaluated in float64 and rounded to float32, tiny results flushed (ISA
+    V_EXP_F32)."""
 
     def wrapped(x):
         r = fn(x.astype(f64)).astype(f32)
@@ -179,7 +187,8 @@ def shr(value, count):
 
 
 def bfe(value, offset, width):
-    """width 0 gives 0; fields past bit 31 are cut (ISA V_BFE_*); sign-extended for signed values."""
+    """width 0 gives 0; fields past bit 31 are cut (ISA V_BFE_*); sign-extended for signed
+    values."""
     t = value.dtype.type
     offset, width = offset.astype(i64) & 31, width.astype(i64) & 31
     v = (value.astype(i64) & 0xFFFFFFFF) if t is u32 else value.astype(i64)
@@ -262,7 +271,8 @@ def mad64(t):
 
 
 def perm(a, b, select):
-    """Bytes of {a, b} chosen by `select` (ISA V_PERM_B32): 0-3 b's, 4-7 a's, 8-11 a half's sign, 12 zero, else ones."""
+    """Bytes of {a, b} chosen by `select` (ISA V_PERM_B32): 0-3 b's, 4-7 a's, 8-11 a half's sign, 12
+    zero, else ones."""
     both = a.astype(u64) << u64(32) | b
     out = np.zeros(np.broadcast_shapes(both.shape, select.shape), u32)
     for i in range(4):
@@ -277,8 +287,8 @@ def perm(a, b, select):
 
 
 def div_scale(scale, gap, tiny, exponent_bits):
-    """V_DIV_SCALE: the chosen operand, pre-scaled so that the division's Newton steps neither overflow nor lose
-    denormals, and whether V_DIV_FMAS must scale back."""
+    """V_DIV_SCALE: the chosen operand, pre-scaled so that the division's Newton steps neither
+    overflow nor lose denormals, and whether V_DIV_FMAS must scale back."""
 
     def fn(s0, den, num):
         t = s0.dtype.type
@@ -312,9 +322,10 @@ def div_scale(scale, gap, tiny, exponent_bits):
 
 
 def div_fmas(fma, scale):
-    """V_DIV_FMAS: a b + c; with VCC set scaled by 2^scale when the quotient c is 1 or more (the denominator had been
-    scaled up), by 2^-scale when it is less (the numerator had). The ISA's pseudocode prints 2^32; tinygrad's emulator
-    corrects it likewise, and with this the compiler's division is exact, denormals included."""
+    """V_DIV_FMAS: a b + c; with VCC set scaled by 2^scale when the quotient c is 1 or more (the
+    denominator had been scaled up), by 2^-scale when it is less (the numerator had). The ISA's
+    pseudocode prints 2^32; tinygrad's emulator corrects it likewise, and with this the compiler's
+    division is exact, denormals included."""
 
     def fn(a, b, c, vcc):
         return np.select(
@@ -345,7 +356,8 @@ def div_fixup(q, den, num):
 
 
 def cmp_class(x, mask):
-    """V_CMP_CLASS: bits 0 sNaN, 1 qNaN, 2 -inf, 3 -normal, 4 -denormal, 5 -0, 6 +0, 7 +denormal, 8 +normal, 9 +inf."""
+    """V_CMP_CLASS: bits 0 sNaN, 1 qNaN, 2 -inf, 3 -normal, 4 -denormal, 5 -0, 6 +0, 7 +denormal, 8
+    +normal, 9 +inf."""
     x, mask = np.broadcast_arrays(x, mask)
     info, neg = np.finfo(x.dtype), np.signbit(x)
     bits = np.ascontiguousarray(x).view({2: u16, 4: u32, 8: u64}[x.dtype.itemsize])
@@ -371,7 +383,8 @@ def bitop3(table):
 
 
 def prng(x):
-    """V_PRNG_B32: one step of a 32-bit Galois LFSR (CDNA4 ISA): shift left, xor 197 when bit 31 was set."""
+    """V_PRNG_B32: one step of a 32-bit Galois LFSR (CDNA4 ISA): shift left, xor 197 when bit 31 was
+    set."""
     return (x << u32(1)) ^ np.where(x >> u32(31) != 0, u32(197), u32(0))
 
 
@@ -429,7 +442,8 @@ def sad_u8(a, b, c):
     return np.abs(x - y).sum(-1).astype(u32) + c
 
 
-# ---------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------------- the
+# table
 
 ALU = {}
 

@@ -1,7 +1,8 @@
-"""The machine: waves that share a program counter run as one numpy operation (a `Group`), a scheduler picks groups.
+"""The machine: waves that share a program counter run as one numpy operation (a `Group`), a
+scheduler picks groups.
 
-A `Machine` holds one slice of the grid: as many workgroups as fit the memory budget, all resident at once.
-"""
+A `Machine` holds one slice of the grid: as many workgroups as fit the memory budget, all resident
+at once."""
 
 import re
 
@@ -19,11 +20,13 @@ SLICE_BYTES = 1 << 29  # registers and LDS of a slice
 
 
 class GPUFault(Exception):
-    """A fault of the emulated kernel; the message names instruction, Python line, wave, lane and address."""
+    """A fault of the emulated kernel; the message names instruction, Python line, wave, lane and
+    address."""
 
 
 class Group:
-    """Waves `ids` of a machine; `g` indexes them in register arrays (a slice where it can, so that reads are views)."""
+    """Waves `ids` of a machine; `g` indexes them in register arrays (a slice where it can, so that
+    reads are views)."""
 
     __slots__ = ("m", "ids", "g", "n", "mask", "member", "view")
 
@@ -73,11 +76,13 @@ class Group:
         self.m.scc[self.g] = value[:, 0] if np.ndim(value) == 2 else value
 
 
-# ---------------------------------------------------------------------------------------------- control flow
+# ----------------------------------------------------------------------------------------------
+# control flow
 
 
 def branch(ins):
-    """Conditional and unconditional jumps: returns the new program counter, per wave where they disagree."""
+    """Conditional and unconditional jumps: returns the new program counter, per wave where they
+    disagree."""
     target = ins.labels[ins.operands[0].value]
     if ins.op == "s_branch":
         return lambda w: target
@@ -199,8 +204,8 @@ def first_run(ins):
 
 
 def prepare(program):
-    """Numbers the instructions of a parsed program and makes them runnable. Sets `lds_unit`, the bytes that one cell of
-    the LDS shadow stands for: the narrowest access, 4 at most."""
+    """Numbers the instructions of a parsed program and makes them runnable. Sets `lds_unit`, the
+    bytes that one cell of the LDS shadow stands for: the narrowest access, 4 at most."""
     for pc, ins in enumerate(program.code):
         ins.pc, ins.labels, ins.run = pc, program.labels, first_run(ins)
     widths = [access.access_bytes(i) for i in program.code if i.op.startswith("ds_")]
@@ -208,13 +213,15 @@ def prepare(program):
     return program
 
 
-# ---------------------------------------------------------------------------------------------- the machine
+# ---------------------------------------------------------------------------------------------- the
+# machine
 
 
 class Machine:
-    """Runs a program over a grid. spans: the tensors; kernarg: address of the kernel arguments; counters: three int64
-    arrays, an element per instruction, of wave-instructions, LDS cycles and bank-conflict cycles. traced: a workgroup,
-    the instruction numbers of whose first wave go to the list `trace`."""
+    """Runs a program over a grid. spans: the tensors; kernarg: address of the kernel arguments;
+    counters: three int64 arrays, an element per instruction, of wave-instructions, LDS cycles and
+    bank-conflict cycles. traced: a workgroup, the instruction numbers of whose first wave go to the
+    list `trace`."""
 
     def __init__(
         self,
@@ -267,7 +274,8 @@ class Machine:
                     pass
 
     def start(self, workgroups):
-        """Sets the initial state of a slice (LLVM AMDGPUUsage, "Initial Kernel Execution State")."""
+        """Sets the initial state of a slice (LLVM AMDGPUUsage, "Initial Kernel Execution
+        State")."""
         d, n = self.program.directives, len(workgroups) * self.num_warps
         self.waves, self.workgroups = n, workgroups
         self.group_of = np.repeat(np.arange(len(workgroups), dtype=i32), self.num_warps)
@@ -329,7 +337,8 @@ class Machine:
     # ------------------------------------------------------------------ scheduling
 
     def step(self):
-        """Picks a group and runs it until it blocks, diverges or meets others. False when every wave has ended."""
+        """Picks a group and runs it until it blocks, diverges or meets others. False when every
+        wave has ended."""
         able = self.state == RUNNING
         if not able.any():
             return False
@@ -353,8 +362,9 @@ class Machine:
         return True
 
     def run_group(self, w, pc, stop, shared, budget):
-        """Runs a group from pc for `budget` instructions or until it reaches `stop`, where others wait to be joined.
-        `shared`: others could run; then backward jumps count, so that a loop that waits for the others lets them go."""
+        """Runs a group from pc for `budget` instructions or until it reaches `stop`, where others
+        wait to be joined. `shared`: others could run; then backward jumps count, so that a loop
+        that waits for the others lets them go."""
         code, counts, randomly = self.code, self.counts, self.timing == "random"
         trace = self.trace if self.traced_wave is not None and w.member[self.traced_wave] else None
         for _ in range(budget):

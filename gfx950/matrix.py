@@ -1,7 +1,8 @@
 """Matrix instructions: v_mfma_* and v_mfma_scale_*.
 
-Operand layout (MI300 ISA, "Matrix Arithmetic Instructions"; CDNA4 ISA for f8f6f4). For a D x D x K instruction, lane =
-D * g + i holds row i of A (or column i of B), and of its K values those of group g:
+Operand layout (MI300 ISA, "Matrix Arithmetic Instructions"; CDNA4 ISA for f8f6f4). For a D x D x K
+instruction, lane = D * g + i holds row i of A (or column i of B), and of its K values those of
+group g:
 
     16-bit, 32-bit, plain 8-bit:  k = per_lane * g + j
     f8f6f4, fp4 (16 bytes):       k = 32 g + j
@@ -13,12 +14,13 @@ D * g + i holds row i of A (or column i of B), and of its K values those of grou
     fp4 nibbles               k: |  0..31     |  32..63     |  64..95     |  96..127       |  groups 0, 1, 2, 3
     scale byte of lane (i, g) k: |  0..31     |  32..63     |  64..95     |  96..127       |  groups 0, 1, 2, 3
 
-so the scale of lane (i, g) is for row i and logical block g, bytes of which lie in other lanes when operands are 8-bit.
-D x D results: 16x16 register r of lane (col, g) is row 4 g + r; 32x32 it is row 8 (r // 4) + 4 g + r % 4.
+so the scale of lane (i, g) is for row i and logical block g, bytes of which lie in other lanes when
+operands are 8-bit. D x D results: 16x16 register r of lane (col, g) is row 4 g + r; 32x32 it is row
+8 (r // 4) + 4 g + r % 4.
 
-Rounding model: products and sums in float64, the accumulator added last, one rounding to float32. The hardware's own
-accumulation order is not documented; results may differ from it in the last bits.
-"""
+Rounding model: products and sums in float64, the accumulator added last, one rounding to float32.
+The hardware's own accumulation order is not documented; results may differ from it in the last
+bits."""
 
 import re
 
@@ -77,7 +79,8 @@ def logical(x, dim, halves):
 
 
 def scales(w, get, byte, dim):
-    """E8M0 scales float64 [n, dim, K // 32]: byte `byte` of each lane; code 255 is NaN (OCP MX 1.0)."""
+    """E8M0 scales float64 [n, dim, K // 32]: byte `byte` of each lane; code 255 is NaN (OCP MX
+    1.0)."""
     codes = (np.broadcast_to(get(w), (w.n, 64)) >> u32(8 * byte)).astype(u8)
     values = np.where(codes == 255, np.nan, np.ldexp(1.0, codes.astype(int) - 127))
     return values.reshape(w.n, 64 // dim, dim).transpose(0, 2, 1)

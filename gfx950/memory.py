@@ -1,4 +1,5 @@
-"""Storage: the tensors of a launch, the LDS of a slice with its race shadow, the queues of outstanding operations."""
+"""Storage: the tensors of a launch, the LDS of a slice with its race shadow, the queues of
+outstanding operations."""
 
 import numpy as np
 
@@ -6,7 +7,8 @@ from .isa import i32, i64, u8, u32
 
 
 class Span:
-    """A range of bytes with word views, and marks of what was read and written for the distinct-byte counts."""
+    """A range of bytes with word views, and marks of what was read and written for the
+    distinct-byte counts."""
 
     def __init__(self, name, base, data):
         self.name, self.base, self.data, self.size, self.end = (
@@ -45,7 +47,8 @@ class Span:
             ]
 
     def mark(self, kind, off, nbytes):
-        """Counts an access. Marks are kept per access width, so that wide aligned accesses cost one mark."""
+        """Counts an access. Marks are kept per access width, so that wide aligned accesses cost one
+        mark."""
         self.requested[kind] += off.size * nbytes
         aligned = nbytes != 12 and not (int(np.bitwise_or.reduce(off)) if off.size else 0) % nbytes
         unit = nbytes if aligned else 1
@@ -75,7 +78,8 @@ class Memory:
         )
 
     def locate(self, w, ins, addr, nbytes, mask):
-        """int64 [n, lanes] addresses -> [(span, offsets [k], bool [n, lanes] or None for all)]. Faults outside."""
+        """int64 [n, lanes] addresses -> [(span, offsets [k], bool [n, lanes] or None for all)].
+        Faults outside."""
         flat = addr.ravel() if mask is None else addr[mask]
         if not flat.size:
             return []
@@ -120,11 +124,13 @@ def rows(values, lanes):
     return (values.reshape(len(values), -1) if lanes is None else values[:, lanes]).T
 
 
-# ---------------------------------------------------------------------------------------------- completion
+# ----------------------------------------------------------------------------------------------
+# completion
 
 
 class Record:
-    """One issued memory operation of a group of waves. `left`: the waves for which it has not completed."""
+    """One issued memory operation of a group of waves. `left`: the waves for which it has not
+    completed."""
 
     __slots__ = ("w", "seq", "left", "finish", "regs", "ins", "nbytes", "address", "lanes")
 
@@ -139,14 +145,15 @@ class Record:
 
 
 class Queue:
-    """Operations outstanding under one counter, of all waves. Each wave's complete in the order it issued them."""
+    """Operations outstanding under one counter, of all waves. Each wave's complete in the order it
+    issued them."""
 
     def __init__(self, machine):
         self.m, self.records, self.issued = machine, [], np.zeros(machine.waves, i64)
 
     def push(self, w, ins, finish, regs=0, nbytes=None, address=None, lanes=None):
-        """finish(due) transfers the data of the group's waves `due` (bool [n], None: all). regs: registers it will
-        write; nbytes int64 [n]: bytes a wave is loading."""
+        """finish(due) transfers the data of the group's waves `due` (bool [n], None: all). regs:
+        registers it will write; nbytes int64 [n]: bytes a wave is loading."""
         nbytes = np.zeros(w.n, i64) if nbytes is None else nbytes
         record = Record(w, self.issued[w.g].copy(), ins, finish, regs, nbytes, address, lanes)
         self.issued[w.g] += 1
@@ -178,7 +185,8 @@ class Queue:
 # ---------------------------------------------------------------------------------------------- LDS
 
 
-# The lanes of the four passes of ds_read_b128 (the ROCm blog that `counters` names, "LDS Access: Bank Conflicts")
+# The lanes of the four passes of ds_read_b128 (the ROCm blog that `counters` names, "LDS Access:
+# Bank Conflicts")
 HALVES = (
     [*range(4), *range(12, 16), *range(20, 28)],
     [*range(4, 12), *range(16, 20), *range(28, 32)],
@@ -187,10 +195,11 @@ READ_B128 = np.concatenate([np.array(half) + first for half in HALVES for first 
 
 
 class LDS:
-    """Local memory of the slice's workgroups as one span, and its shadow. The shadow keeps for each unit of bytes the
-    last writer and reader as (barrier interval << 5 | wave + 1), which instructions those were, and how many direct
-    copies to it are in flight. Two waves that touch a byte in one interval, one writing, race. Bytes start as 0xFF, a
-    NaN in every float format but fp4; reading them is counted, not reported, as masked-off rows may be read."""
+    """Local memory of the slice's workgroups as one span, and its shadow. The shadow keeps for each
+    unit of bytes the last writer and reader as (barrier interval << 5 | wave + 1), which
+    instructions those were, and how many direct copies to it are in flight. Two waves that touch a
+    byte in one interval, one writing, race. Bytes start as 0xFF, a NaN in every float format but
+    fp4; reading them is counted, not reported, as masked-off rows may be read."""
 
     MANY, ATOMIC = 31, 30  # in place of a wave: several readers; atomics, which may meet
 
@@ -204,7 +213,8 @@ class LDS:
         self.interval = np.ones(workgroups, i32)
 
     def offsets(self, w, ins, addr, nbytes, lanes):
-        """Byte address int64 [n, 64] in the workgroup -> offset in the span. Faults beyond the allocation."""
+        """Byte address int64 [n, 64] in the workgroup -> offset in the span. Faults beyond the
+        allocation."""
         bad = (addr < 0) | (addr + nbytes > self.size)
         bad = bad if lanes is None else bad & lanes
         if bad.any():
@@ -269,8 +279,8 @@ class LDS:
         self.read_pc[idx] = ins.pc
 
     def write(self, w, ins, off, nbytes, lanes, values, atomic=False):
-        """Stores values [k, words]; an atomic's caller modifies the bytes itself. Two waves writing equal bytes do not
-        race: Triton stores replicated tiles so."""
+        """Stores values [k, words]; an atomic's caller modifies the bytes itself. Two waves writing
+        equal bytes do not race: Triton stores replicated tiles so."""
         idx, tag = self.shadow(w, off, nbytes, lanes)
         if atomic:
             tag = (tag & ~31) | self.ATOMIC
@@ -311,7 +321,8 @@ class LDS:
             )
 
     def issue_copy(self, w, ins, off, nbytes, lanes):
-        """A direct copy may land at any moment from its issue on: no other wave may still be reading there."""
+        """A direct copy may land at any moment from its issue on: no other wave may still be
+        reading there."""
         idx, tag = self.shadow(w, off, nbytes, lanes)
         self.check(
             self.clash(self.reader[idx], tag),
@@ -333,16 +344,17 @@ class LDS:
 
     @staticmethod
     def passes(addr, nbytes, op):
-        """Model: 64 banks of 4 bytes; a wave's lanes go in passes of at most 256 bytes, in order but for ds_read_b128;
-        a bank asked for k different dwords in a pass costs k - 1 extra ones. Returns (passes without conflicts, extra
-        passes)."""
+        """Model: 64 banks of 4 bytes; a wave's lanes go in passes of at most 256 bytes, in order
+        but for ds_read_b128; a bank asked for k different dwords in a pass costs k - 1 extra ones.
+        Returns (passes without conflicts, extra passes)."""
         lanes = {8: 32, 12: 16, 16: 16}.get(nbytes, 64)
         addr = addr[READ_B128] if op == "ds_read_b128" else addr
         words = (addr[:, None] // 4 + np.arange(max(1, nbytes // 4))).reshape(64 // lanes, -1)
         return len(words), sum(int(np.bincount(np.unique(p) % 64).max()) - 1 for p in words)
 
     def count(self, w, ins, addr, nbytes, lanes):
-        """LDS cycles, modelled on the group's first wave: a pass takes 1 reading and 2 writing (`counters`)."""
+        """LDS cycles, modelled on the group's first wave: a pass takes 1 reading and 2 writing
+        (`counters`)."""
         a = (
             addr[0]
             if lanes is None

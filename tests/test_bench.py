@@ -1,4 +1,5 @@
-"""Tests of bench.py: the arithmetic of its reports against counts by hand, its errors, and a small run of each mode."""
+"""Tests of bench.py: the arithmetic of its reports against counts by hand, its errors, and a small
+run of each mode."""
 
 import argparse
 import itertools
@@ -26,11 +27,13 @@ def on_meta(size: str, dtype=torch.bfloat16) -> GPTOSS:
     return GPTOSS(bench.random_checkpoint(config_of(size), "meta"), "meta", dtype, "torch")
 
 
-# -- arithmetic -------------------------------------------------------------------------------------------------------
+# -- arithmetic
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_summary():
-    """Two requests: the second is prefilled while the first waits; only steps in which both decode are steps."""
+    """Two requests: the second is prefilled while the first waits; only steps in which both decode
+    are steps."""
     first, second = [0.1, 0.5, 0.52, 0.55, 0.58], [0.4, 0.5, 0.52, 0.55, 0.59]
     assert bench.steps([first, second]) == pytest.approx([0.02, 0.03, 0.03, 0.1, 0.02, 0.03])
     found = bench.summary([[first, second]])
@@ -81,7 +84,8 @@ def test_bytes_of_a_120b_step_by_hand():
 
 
 def test_bytes_of_a_tiny_step_by_hand():
-    """Eight sequences of 100 tokens, float32, experts expanded to float32: what a default run on a CPU holds."""
+    """Eight sequences of 100 tokens, float32, experts expanded to float32: what a default run on a
+    CPU holds."""
     attention = 384 * 192 + 384 + 8 + 192 * 256 + 192  # (8 + 2 * 2) * 32 = 384 rows of qkv
     expert = 3 * 192 * 160 + 320 + 192
     active = 16 * (1 - 0.75**8)
@@ -127,7 +131,8 @@ def test_pinned_routing(tokens, active, first):
     assert counts.max() - counts[counts > 0].min() <= 1
 
 
-# -- command line -----------------------------------------------------------------------------------------------------
+# -- command line
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -221,7 +226,8 @@ def test_importing_needs_no_triton():
     )
 
 
-# -- runs -------------------------------------------------------------------------------------------------------------
+# -- runs
+# -------------------------------------------------------------------------------------------------------------
 
 
 def run(argv, capsys) -> dict:
@@ -369,7 +375,8 @@ def test_kernels(small_layer, capsys):
         assert layer["launches"] == sum(
             row["tokens"] == layer["tokens"] for row in result["kernels"]
         )
-    # nothing may be asked for less than once; scales are padded from 192 and 320 columns to 64s, 17/32 of a byte
+    # nothing may be asked for less than once; scales are padded from 192 and 320 columns to 64s,
+    # 17/32 of a byte
     assert 1 <= few["weights_ratio"] <= 1.02 and few["others_ratio"] > 0 and few["model_us"] > 0
     assert "weights_ratio" not in many
     for row in result["kernels"]:

@@ -1,4 +1,5 @@
-"""The emulated machine: instructions against Python and torch, memory rules, the adversary, mutants, the driver."""
+"""The emulated machine: instructions against Python and torch, memory rules, the adversary,
+mutants, the driver."""
 
 import itertools
 import math
@@ -60,11 +61,13 @@ TIMINGS, SCHEDULES = ("lazy", "eager", "random"), ("lockstep", "skew", "random")
 MODES = list(itertools.product(TIMINGS, SCHEDULES))
 
 
-# ------------------------------------------------------------------------------------------ running bare instructions
+# ------------------------------------------------------------------------------------------ running
+# bare instructions
 
 
 class Bench:
-    """A machine for a few instructions: `v` and `s` preset registers, `spans` tensors, `lds` bytes of local memory."""
+    """A machine for a few instructions: `v` and `s` preset registers, `spans` tensors, `lds` bytes
+    of local memory."""
 
     def __init__(
         self,
@@ -132,8 +135,8 @@ def operand_count(text):
 
 
 def over(text, operands, result=1):
-    """Runs one instruction over operand tuples; operand i sits in v[4 + 2 i : 6 + 2 i]. Returns the destination v[0]
-    (v[0:1] when result is 2) per tuple, and vcc bits."""
+    """Runs one instruction over operand tuples; operand i sits in v[4 + 2 i : 6 + 2 i]. Returns the
+    destination v[0] (v[0:1] when result is 2) per tuple, and vcc bits."""
     columns = [lanes64(c) for c in zip(*operands, strict=True)]
     out, flags = [], []
     for row in range(len(columns[0])):
@@ -158,7 +161,8 @@ def as_f32(bits):
 
 
 def round_f32(x):
-    """Fraction -> float32 bits, nearest even: an integer algorithm that shares nothing with the emulator."""
+    """Fraction -> float32 bits, nearest even: an integer algorithm that shares nothing with the
+    emulator."""
     if x == 0:
         return 0
     sign, x = (1 << 31 if x < 0 else 0), abs(x)
@@ -174,7 +178,8 @@ def round_f32(x):
     return sign | min(code, 0x7F800000)
 
 
-# ------------------------------------------------------------------------------------------ integer instructions
+# ------------------------------------------------------------------------------------------ integer
+# instructions
 
 M32 = 0xFFFFFFFF
 
@@ -335,7 +340,8 @@ INT16 = {
 
 @pytest.mark.parametrize("op", INT16)
 def test_packed_and_single_int16(op):
-    """The 16-bit form clears the high half; the packed form works on both halves, here crossed by op_sel."""
+    """The 16-bit form clears the high half; the packed form works on both halves, here crossed by
+    op_sel."""
     values = [0, 1, 15, 16, 0x7FFF, 0x8000, 0xFFFF, 0x1234]
     cases = [
         (a | b << 16, c | d << 16)
@@ -481,11 +487,13 @@ def test_carry_chain():
         ]
 
 
-# ------------------------------------------------------------------------------------------ float instructions
+# ------------------------------------------------------------------------------------------ float
+# instructions
 
 
 def exact(fn):
-    """An oracle over finite operands in exact rationals; others are left to the IEEE cases below."""
+    """An oracle over finite operands in exact rationals; others are left to the IEEE cases
+    below."""
 
     def oracle(*bits):
         if any((b >> 23 & 255) == 255 for b in bits):
@@ -535,7 +543,8 @@ def test_float_exact(text, oracle):
 
 
 def test_fma_rounds_once():
-    """a b + c where rounding the float64 sum first lands on a float32 tie and then goes the wrong way."""
+    """a b + c where rounding the float64 sum first lands on a float32 tie and then goes the wrong
+    way."""
     a, b = 0x3F800001, 0x3F800001  # (1 + u)^2 = 1 + 2u + u^2, u = 2^-23
     cases = [(a, b, 0x27000000 | i) for i in range(64)] + [
         (a, a ^ 1 << 31, 0x3F800000 + i) for i in range(64)
@@ -743,7 +752,8 @@ def test_double_precision_instructions():
             assert ((got == expected) | (np.isnan(got) & np.isnan(expected))).all(), op
 
 
-# ------------------------------------------------------------------------------------------ conversions
+# ------------------------------------------------------------------------------------------
+# conversions
 
 FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 FP4 += [-x for x in FP4]
@@ -802,7 +812,8 @@ def assert_same_floats(bits, expected):
 @pytest.mark.parametrize("fmt, top", [("fp8", 448.0), ("bf8", 57344.0)])
 @pytest.mark.parametrize("saturate", [False, True])
 def test_small_float_encode(fmt, top, saturate):
-    """Every code, every midpoint between two codes and its neighbours, overflow and specials. MODE bit 23 saturates."""
+    """Every code, every midpoint between two codes and its neighbours, overflow and specials. MODE
+    bit 23 saturates."""
     codes = torch.arange(127 if fmt == "fp8" else 124, dtype=torch.uint8).view(SMALL[fmt]).float()
     mid = (codes[1:] + codes[:-1]) / 2
     x = torch.cat(
@@ -976,7 +987,8 @@ F16 = [
     ],
 )
 def test_f16(op, oracle):
-    """Against float64 rounded once; a result of three registers keeps the high half of its destination."""
+    """Against float64 rounded once; a result of three registers keeps the high half of its
+    destination."""
     cases = list(itertools.product(F16, repeat=3))[::3]
     values = [
         torch.tensor(c, dtype=torch.int32).to(torch.int16).view(torch.float16).double()
@@ -1208,7 +1220,8 @@ def test_scalar():
     assert b.s64(18) == (1 << 64) - 1 and b.s(20) == 0x0001BA98
 
 
-# ------------------------------------------------------------------------------------------ matrix instructions
+# ------------------------------------------------------------------------------------------ matrix
+# instructions
 
 MFMA = [
     ("f32_16x16x32_bf16", 16, 32, 8),
@@ -1235,7 +1248,8 @@ DTYPE = {
 
 
 def lane_registers(matrix, per_lane):
-    """[D, K] of any dtype -> uint32 [registers, 64]: lane D g + i holds row i, per_lane values from k = per_lane g."""
+    """[D, K] of any dtype -> uint32 [registers, 64]: lane D g + i holds row i, per_lane values from
+    k = per_lane g."""
     d, k = matrix.shape
     out = torch.stack(
         [matrix[lane % d, lane // d * per_lane : (lane // d + 1) * per_lane] for lane in range(64)]
@@ -1307,7 +1321,8 @@ F8F6F4 = {"e4m3": (0, torch.float8_e4m3fn), "e5m2": (1, torch.float8_e5m2), "e2m
 
 
 def scaled_operand(fmt, d, k, generator):
-    """Random codes and a different scale for every (row, block): (registers, scale codes [D, K/32], values float64)."""
+    """Random codes and a different scale for every (row, block): (registers, scale codes [D, K/32],
+    values float64)."""
     if fmt == "e2m1":
         codes = torch.randint(0, 16, (d, k), generator=generator)
         values = torch.tensor(FP4, dtype=torch.float64)[codes]
@@ -1338,7 +1353,8 @@ def scaled_operand(fmt, d, k, generator):
 @pytest.mark.parametrize("fa, fb", list(itertools.product(F8F6F4, repeat=2)))
 @pytest.mark.parametrize("d, k", [(16, 128), (32, 64)])
 def test_scaled_mfma(fa, fb, d, k):
-    """Every format pair with a different scale in every block, scale bytes selected by op_sel and op_sel_hi."""
+    """Every format pair with a different scale in every block, scale bytes selected by op_sel and
+    op_sel_hi."""
     generator = torch.Generator().manual_seed(3)
     (ra, sa, va), (rb, sb, vb) = (scaled_operand(f, d, k, generator) for f in (fa, fb))
     expected = (va @ vb.T).numpy()
@@ -1390,7 +1406,8 @@ def test_transposing_reads():
         assert np.array_equal(got.view(expected.dtype).reshape(expected.shape), expected)
 
 
-# ------------------------------------------------------------------------------------------ memory rules
+# ------------------------------------------------------------------------------------------ memory
+# rules
 
 BASE = 1 << 40
 
@@ -1469,7 +1486,8 @@ def test_d16_loads_pair_up_without_a_wait():
 
 
 def test_stores_are_as_late_as_waits_allow():
-    """A store, then a load by the same wave (in order), and by another wave that was told too early."""
+    """A store, then a load by the same wave (in order), and by another wave that was told too
+    early."""
     x = tensor(np.zeros(64))
     b = Bench(
         [
@@ -1502,7 +1520,8 @@ def descriptor(records):
 
 
 def test_buffer_range():
-    """Lanes beyond num_records load 0 and store nothing; a store in range but outside the tensor faults."""
+    """Lanes beyond num_records load 0 and store nothing; a store in range but outside the tensor
+    faults."""
     x = tensor(range(64))
     v = {4: IDS * 8, 6: IDS + 500}
     b = Bench(
@@ -1569,7 +1588,8 @@ def test_copy_to_lds(timing):
 
 @pytest.mark.parametrize("timing, schedule", MODES)
 def test_lds_races(timing, schedule):
-    """Each wave writes its own part and reads the other's: right with a barrier, a race without, in every mode."""
+    """Each wave writes its own part and reads the other's: right with a barrier, a race without, in
+    every mode."""
     v = {6: IDS * 4}
     lines = [
         "v_lshlrev_b32_e32 v7, 2, v0",
@@ -1644,7 +1664,8 @@ def test_copy_to_lds_widths(text, nbytes):
 
 
 def test_lds_widths():
-    """Every width of LDS access round trips; read2 and write2 count in elements, the st64 forms in 64 of them."""
+    """Every width of LDS access round trips; read2 and write2 count in elements, the st64 forms in
+    64 of them."""
     v = {4: IDS * 16, **{r: IDS * 1000 + r for r in range(8, 12)}}
     for bits, words in ((32, 1), (64, 2), (96, 3), (128, 4)):
         regs = "v8" if words == 1 else f"v[8:{7 + words}]"
@@ -1695,12 +1716,14 @@ def test_lds_widths():
 
 
 def test_lds_cycles():
-    """The model of `counters`: 256 bytes a cycle reading, 128 writing and copying, an extra pass for each conflict."""
+    """The model of `counters`: 256 bytes a cycle reading, 128 writing and copying, an extra pass
+    for each conflict."""
     x = tensor(range(256))
     rows = (
         IDS % 16 * 256 + (IDS // 16 ^ IDS % 16) * 16
     )  # 16 rows of 256 bytes, 16-byte columns swizzled by the row
-    cases = (  # addresses of the lanes, or their stride in bytes -> cycles in all, of them for conflicts
+    # addresses of the lanes, or their stride in bytes -> cycles in all, of them for conflicts
+    cases = (
         ("ds_read_b32 v0, v4", 4, 1, 0),
         ("ds_read_b64 v[0:1], v4", 8, 2, 0),
         ("ds_read_b128 v[0:3], v4", 16, 4, 0),
@@ -1770,7 +1793,8 @@ def test_equal_bytes_from_two_waves_are_no_race():
 
 
 def test_atomics_take_turns():
-    """64 lanes of 4 waves on 4 addresses: sums, and old values that are a permutation of the running count."""
+    """64 lanes of 4 waves on 4 addresses: sums, and old values that are a permutation of the
+    running count."""
     x = tensor(np.zeros(4))
     one = {6: 1, 4: IDS % 4 * 4, 5: BASE >> 32}
     b = Bench(
@@ -1821,7 +1845,8 @@ def test_unknown_modifiers_raise():
 
 
 def test_inline_constants():
-    """A constant takes the operand's width: 1.0 is a half, a float or a double; literals fill as their type says."""
+    """A constant takes the operand's width: 1.0 is a half, a float or a double; literals fill as
+    their type says."""
     b = Bench(
         [
             "v_mov_b64_e32 v[0:1], 1.0",

@@ -1,4 +1,5 @@
-"""Whole kernels, unmodified Triton and Gluon, on the emulated gfx950 against torch; pipelines and mutants."""
+"""Whole kernels, unmodified Triton and Gluon, on the emulated gfx950 against torch; pipelines and
+mutants."""
 
 import itertools
 import math
@@ -40,7 +41,8 @@ def agrees(result, expected, tolerance):
     return bool((same | ((result - expected).abs() <= tolerance)).all())
 
 
-# ------------------------------------------------------------------------------------------ ordinary Triton kernels
+# ------------------------------------------------------------------------------------------
+# ordinary Triton kernels
 
 
 @triton.jit
@@ -722,7 +724,8 @@ def correctly_rounded_kernel(x, y, out, n, BLOCK: tl.constexpr):
 
 @case
 def division_and_square_root():
-    """The compiler's whole Newton sequences with div_scale, div_fmas, div_fixup: bit for bit, denormals included."""
+    """The compiler's whole Newton sequences with div_scale, div_fmas, div_fixup: bit for bit,
+    denormals included."""
     exponents = torch.linspace(-44, 38, 700).double()
     x = (torch.randn(700).double() * 10**exponents).float()
     y = (torch.randn(700).double() * 10 ** exponents[torch.randperm(700)]).float()
@@ -998,7 +1001,8 @@ def test_ordinary_kernel(name, timing, schedule):
     assert gpu.launches
 
 
-# ------------------------------------------------------------------------------------------ Gluon pipelines
+# ------------------------------------------------------------------------------------------ Gluon
+# pipelines
 
 copies = gl.amd.cdna4.async_copy
 
@@ -1017,7 +1021,8 @@ def pipeline_kernel(
     BUFFERS: gl.constexpr,
     LOOSE: gl.constexpr,
 ):
-    """C = A B^T in bf16 with BUFFERS tiles of direct-to-LDS copies in flight or in use. LOOSE > 0 waits for too few."""
+    """C = A B^T in bf16 with BUFFERS tiles of direct-to-LDS copies in flight or in use. LOOSE > 0
+    waits for too few."""
     mma: gl.constexpr = gl.amd.AMDMFMALayout(4, [16, 16, 32], True, [2, 2])
     load: gl.constexpr = gl.BlockedLayout([1, 8], [8, 8], [4, 1], [1, 0])
     shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
@@ -1084,7 +1089,8 @@ def test_loose_wait_passes_eager_and_is_caught_lazy(buffers):
             assert agrees(*run_pipeline(buffers, loose=1))
         with gfx950.emulate("lazy", schedule), pytest.raises(gfx950.GPUFault) as fault:
             run_pipeline(buffers, loose=1)
-        # by the file's name alone: Triton's cache keeps the folder in which the kernel was first compiled
+        # by the file's name alone: Triton's cache keeps the folder in which the kernel was first
+        # compiled
         source, first = Path(__file__).name, pipeline_kernel.fn.__code__.co_firstlineno
         lines = [
             int(x) - first for x in re.findall(rf"{re.escape(source)}:(\d+)", str(fault.value))
@@ -1114,7 +1120,8 @@ def scaled_pipeline_kernel(
     BK: gl.constexpr,
     LOOSE: gl.constexpr,
 ):
-    """C = A (B scaled)^T, A e4m3, B mxfp4 [N, K/2], K a multiple of BK; copies double-buffered, scales in registers."""
+    """C = A (B scaled)^T, A e4m3, B mxfp4 [N, K/2], K a multiple of BK; copies double-buffered,
+    scales in registers."""
     mma: gl.constexpr = gl.amd.AMDMFMALayout(4, [16, 16, 128], True, [1, 4])
     load_a: gl.constexpr = gl.BlockedLayout(
         [1, 16], [4, 16], [4, 1], [1, 0]
@@ -1215,8 +1222,8 @@ MUTATED = {
 @pytest.mark.parametrize("name", MUTATED)
 @pytest.mark.parametrize("change", [{"load_extra": 1}, {"store_extra": 1}, {"skip": 0}])
 def test_mask_store_and_output_mutants(name, change):
-    """A load mask off by one, a store out of bounds, an output tile never written. torch.empty is poisoned, so that the
-    last shows."""
+    """A load mask off by one, a store out of bounds, an output tile never written. torch.empty is
+    poisoned, so that the last shows."""
     assert not caught(MUTATED[name])
     assert caught(lambda: MUTATED[name](**change))
 
@@ -1231,7 +1238,8 @@ def replace(program, pc, text):
 
 
 def never_binds(run, pc, counter):
-    """Whether a wait could be one looser with no effect: at no execution was it this wait that completed its oldest."""
+    """Whether a wait could be one looser with no effect: at no execution was it this wait that
+    completed its oldest."""
     bound, original = [], Queue.wait
 
     def watch(queue, w, keep):
@@ -1286,7 +1294,8 @@ HARD_MODES = (("lazy", "lockstep"), ("lazy", "skew"), ("eager", "skew"), ("rando
 
 @pytest.mark.parametrize("name", SWEPT)
 def test_every_wait_one_looser(name):
-    """Each s_waitcnt of the compiled kernel, each counter, one looser: caught, or it never had to wait for that one."""
+    """Each s_waitcnt of the compiled kernel, each counter, one looser: caught, or it never had to
+    wait for that one."""
     run = SWEPT[name]
     with gfx950.emulate() as gpu:
         list_or_tuple(run())
@@ -1339,7 +1348,8 @@ def test_every_barrier_removed(name):
 
 @pytest.mark.parametrize("buffers", [2, 3])
 def test_pipeline_barrier_removed(buffers):
-    """A barrier of the loop protects both the tile that arrived and the tile about to be overwritten."""
+    """A barrier of the loop protects both the tile that arrived and the tile about to be
+    overwritten."""
     with gfx950.emulate() as gpu:
         run_pipeline(buffers)
     program, loop = gpu.launches[0].program, gpu.launches[0].counters.loop()
@@ -1354,7 +1364,8 @@ def test_pipeline_barrier_removed(buffers):
     assert barriers
 
 
-# ------------------------------------------------------------------------------------------ counters
+# ------------------------------------------------------------------------------------------
+# counters
 
 
 def test_counters():
@@ -1499,7 +1510,8 @@ def test_requested_and_unique_bytes():
     assert t["read"] == 8 * 256 and t["read_unique"] == 256 and t["size"] == 1024
 
 
-# ------------------------------------------------------------------------------------------ the driver
+# ------------------------------------------------------------------------------------------ the
+# driver
 
 
 def test_driver_is_restored_and_nests():

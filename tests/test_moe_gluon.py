@@ -1,4 +1,5 @@
-"""moe_gluon.py under gfx950.emulate(): compiled by this environment's Triton, executed from the assembly.
+"""moe_gluon.py under gfx950.emulate(): compiled by this environment's Triton, executed from the
+assembly.
 
 The oracle is gptoss.moe_reference with the same activations. Nothing here ran on a gfx950."""
 
@@ -23,15 +24,18 @@ import moe_gluon
 from moe_gluon import DECODE_TOKENS, FORMATS, PackedExperts, PackedWeight, moe, prepare
 from weights import Experts, load_tokenizer
 
-# The kernels and the oracle round at the same places, to the same values; what is left is the order of float32 sums,
-# 2^-24 sqrt(K) relative, and where it tips a bf16 or an activation format's rounding, which few of many values see.
+# The kernels and the oracle round at the same places, to the same values; what is left is the order
+# of float32 sums, 2^-24 sqrt(K) relative, and where it tips a bf16 or an activation format's
+# rounding, which few of many values see.
 SAME_ROUNDINGS = 1e-3
-# Above decode the kernels round every weighted row to bf16 before the sum over slots. `rounded_rows` is the oracle that
-# does so too, and they are held to SAME_ROUNDINGS of it. Its distance from the plain oracle is no property of the
-# kernels: a rounding to 8 bits is off by 2^-7 / sqrt(12) * 0.68 = 1.5e-3 of the value in the mean square (0.68: where
-# mantissas are spread over 1 to 2), the errors of rows are independent, and each oracle rounds a sum of its own: 1.5e-3
-# sqrt(C + 2), where C is the sum of the rows' squares over the square of their sum: 1 for orthogonal rows, 2.6e-3, and
-# more where they cancel. The contract, against the plain oracle, leaves room up to C = 5.
+# Above decode the kernels round every weighted row to bf16 before the sum over slots.
+# `rounded_rows` is the oracle that does so too, and they are held to SAME_ROUNDINGS of it. Its
+# distance from the plain oracle is no property of the kernels: a rounding to 8 bits is off by 2^-7
+# / sqrt(12) * 0.68 = 1.5e-3 of the value in the mean square (0.68: where mantissas are spread over
+# 1 to 2), the errors of rows are independent, and each oracle rounds a sum of its own: 1.5e-3
+# sqrt(C + 2), where C is the sum of the rows' squares over the square of their sum: 1 for
+# orthogonal rows, 2.6e-3, and more where they cancel. The contract, against the plain oracle,
+# leaves room up to C = 5.
 CONTRACT = 4e-3
 # triton 3.9.0, which the kernels run under as well, compiles the prefill kernels with spills
 PINNED = triton.__version__.startswith("3.7.")
@@ -77,7 +81,8 @@ def reference(x, router_weight, router_bias, experts, top_k, activations):
 
 
 def rounded_rows(x, router_weight, router_bias, experts, top_k, activations):
-    """The oracle, one expert at a time, with each weighted row rounded to bf16 before the sum over slots."""
+    """The oracle, one expert at a time, with each weighted row rounded to bf16 before the sum over
+    slots."""
     logits = x.float() @ router_weight.float().T + router_bias.float()
     logits, chosen = logits.sort(dim=-1, descending=True, stable=True)
     gates, chosen = logits[:, :top_k].softmax(-1), chosen[:, :top_k]
@@ -99,7 +104,8 @@ def relative_error(got, want):
 
 
 def check(got, *layer):
-    """got against the oracles of a layer: (x, router_weight, router_bias, experts, top_k, activations)."""
+    """got against the oracles of a layer: (x, router_weight, router_bias, experts, top_k,
+    activations)."""
     want = reference(*layer)
     if (
         len(got) > DECODE_TOKENS and layer[4] > 1
@@ -125,7 +131,8 @@ def run(T, E, H, inner, top_k, activations, seed=0, **emulate):
     return run_layer(make_inputs(T, E, H, seed), experts, top_k, activations, **emulate)
 
 
-# -- packing ----------------------------------------------------------------------------------------------------
+# -- packing
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activations", ["bf16", "mxfp8"])
@@ -191,7 +198,8 @@ def test_moe_refuses_what_the_kernels_do_not_take():
         moe_gluon.gemm("combine", packed)
 
 
-# -- routing ----------------------------------------------------------------------------------------------------
+# -- routing
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -212,7 +220,8 @@ def test_moe_refuses_what_the_kernels_do_not_take():
     ],
 )
 def test_routing(T, E, top_k):
-    """Selection, gates, places and tiles, with ties in every row: experts come in pairs of equal router rows."""
+    """Selection, gates, places and tiles, with ties in every row: experts come in pairs of equal
+    router rows."""
     H = 96
     x, router_weight, router_bias = make_inputs(T, E, H)
     router_weight[1::2] = router_weight[::2][: E // 2]
@@ -250,7 +259,8 @@ def test_a_token_of_nan_harms_no_other():
 
 
 def extremes(H):
-    """Rows that hit every branch of the formats: zeros, denormals, infinite scale ratios, ties, the largest bf16."""
+    """Rows that hit every branch of the formats: zeros, denormals, infinite scale ratios, ties, the
+    largest bf16."""
     x = torch.randn(16, H, generator=torch.Generator().manual_seed(7))
     x[1] = 0
     x[2] *= 1e-39
@@ -298,7 +308,8 @@ def e5m2_of(x, activations, static):
 
 @pytest.mark.parametrize("activations", ["fp8_e5m2", "mxfp8_e5m2"])
 def test_e5m2(activations, monkeypatch):
-    """The same layer with e5m2 where e4m3 is: activations bit for bit, and the whole against the oracle."""
+    """The same layer with e5m2 where e4m3 is: activations bit for bit, and the whole against the
+    oracle."""
     H, experts = 96, make_experts(4, 96, 32)
     x, (_, router_weight, router_bias) = extremes(H), make_inputs(16, 4, H)
     packed = prepare(experts, activations)
@@ -323,7 +334,8 @@ def test_e5m2(activations, monkeypatch):
     check(got, *inputs, experts, 2, "mxfp8")
 
 
-# -- the layer ----------------------------------------------------------------------------------------------------
+# -- the layer
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activations", ORACLE)
@@ -397,8 +409,9 @@ def test_prefill_at_full_depth(T, H, inner, activations):
 
 
 def ragged(E, H):
-    """Two experts each for 300 tokens: all go to expert 1, and one to expert 0, 64, 65 and 170 to experts 3, 4 and 5,
-    none to expert 2. The first columns of x are the logits. -> inputs of a layer of top_k = 2, rows of each expert."""
+    """Two experts each for 300 tokens: all go to expert 1, and one to expert 0, 64, 65 and 170 to
+    experts 3, 4 and 5, none to expert 2. The first columns of x are the logits. -> inputs of a
+    layer of top_k = 2, rows of each expert."""
     rows = [1, 300, 0, 64, 65, 170]
     shuffled = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     second = torch.tensor([0] * 1 + [3] * 64 + [4] * 65 + [5] * 170)[shuffled]
@@ -408,7 +421,8 @@ def ragged(E, H):
 
 
 def requested(rows, N, K, activations):
-    """Bytes a prefill GEMM asks for: each tile of up to 128 rows its expert's weights, each 256 columns the rows."""
+    """Bytes a prefill GEMM asks for: each tile of up to 128 rows its expert's weights, each 256
+    columns the rows."""
     f = FORMATS[activations]
     bf16 = f.weights == torch.bfloat16
     tiles, blocks, columns = sum(-(-r // 128) for r in rows), -(-N // 256), -(-N // 64) * 64
@@ -429,7 +443,8 @@ def requested(rows, N, K, activations):
         *(
             (288, 224, a) for a in ORACLE
         ),  # a last block of columns with no right half (32), or a part of it (192)
-        # round the loop once (mxfp4), twice, or 7 times (bf16), in both GEMMs; 6.5 blocks of columns
+        # round the loop once (mxfp4), twice, or 7 times (bf16), in both GEMMs; 6.5 blocks of
+        # columns
         (800, 832, "mxfp8"),
         slow(800, 832, "fp8"),
         slow(800, 832, "mxfp4"),
@@ -441,7 +456,8 @@ def requested(rows, N, K, activations):
     ],
 )
 def test_ragged_splits(H, inner, activations):
-    """Experts of no row, of one, of 64 and 65 (a bottom half of one), of several tiles; and the bytes they ask for."""
+    """Experts of no row, of one, of 64 and 65 (a bottom half of one), of several tiles; and the
+    bytes they ask for."""
     inputs, rows = ragged(6, H)
     _, launches = run_layer(
         inputs, make_experts(6, H, inner, activations == "bf16"), 2, activations
@@ -499,7 +515,8 @@ def test_same_bits_under_every_timing_and_schedule(activations, T, modes):
 @pytest.mark.parametrize("modes", [QUICK, slow(REST)], ids=["quick", "rest"])
 @pytest.mark.parametrize("activations", ORACLE)
 def test_same_bits_of_prefill_under_every_timing_and_schedule(activations, modes):
-    """An expert of 128 rows and one of 10; both GEMMs go round their loops (see test_ragged_splits)."""
+    """An expert of 128 rows and one of 10; both GEMMs go round their loops (see
+    test_ragged_splits)."""
     experts = make_experts(2, 800, 832, activations == "bf16")
     x = make_inputs(138, 2, 800)[0]
     x[:, :2] = torch.eye(2)[(torch.arange(138) % 14 == 13).long() + (torch.arange(138) == 0)]
@@ -555,11 +572,13 @@ def test_nothing_is_read_back_to_the_host(T):
             inputs[0].sum().item()
 
 
-# -- public mistakes ------------------------------------------------------------------------------------------------
+# -- public mistakes
+# ------------------------------------------------------------------------------------------------
 
 
 def guarded(tensor):
-    """The same values at the start of a larger storage whose rest is NaN (or 0xFF): a read past the end is seen."""
+    """The same values at the start of a larger storage whose rest is NaN (or 0xFF): a read past the
+    end is seen."""
     beyond = float("nan") if tensor.dtype.is_floating_point else 255
     storage = torch.full((tensor.numel() + 4096,), beyond, dtype=tensor.dtype)
     storage[: tensor.numel()] = tensor.flatten()
@@ -568,7 +587,8 @@ def guarded(tensor):
 
 @pytest.mark.parametrize("T", [3, 40])
 def test_nothing_past_the_logical_sizes_is_used(T):
-    """Bias read out of bounds where N is no multiple of the tile: here the last expert's bias is followed by NaN."""
+    """Bias read out of bounds where N is no multiple of the tile: here the last expert's bias is
+    followed by NaN."""
     experts, inputs = make_experts(4, 160, 96), make_inputs(T, 4, 160)
     packed = prepare(experts, "mxfp8")
     for w in (packed.gate_up, packed.down):
@@ -579,15 +599,16 @@ def test_nothing_past_the_logical_sizes_is_used(T):
 
 
 def test_nothing_is_stored_past_n():
-    """A tile past N = 160 writing into the next row: rows are stored in any order, so some row would be wrong, and the
-    last would leave its tensor, which the emulator faults."""
+    """A tile past N = 160 writing into the next row: rows are stored in any order, so some row
+    would be wrong, and the last would leave its tensor, which the emulator faults."""
     for seed in range(3):
         run(40, 4, 160, 96, 4, "mxfp8", seed=seed)
 
 
 @pytest.mark.parametrize("T", [2, 20])
 def test_combine_sums_over_the_slots(T):
-    """Experts whose weights are zero give their bias e: a token's output is the gates' weighted sum of its ids."""
+    """Experts whose weights are zero give their bias e: a token's output is the gates' weighted sum
+    of its ids."""
     experts, inputs = make_experts(8, 64, 32), make_inputs(T, 8, 64)
     experts.down_weight.zero_()
     experts.down_bias = torch.arange(8.0)[:, None].expand(8, 64).bfloat16().contiguous()
@@ -638,7 +659,8 @@ def test_fp8_casts_saturate(activations):
     check(got, x, router_weight, router_bias, experts, 4, activations)
 
 
-# -- profiles and waits -----------------------------------------------------------------------------------------------
+# -- profiles and waits
+# -----------------------------------------------------------------------------------------------
 
 
 def placeholder(E, activations, H=2880, inner=2880) -> PackedExperts:
@@ -661,8 +683,8 @@ def placeholder(E, activations, H=2880, inner=2880) -> PackedExperts:
 @pytest.mark.parametrize("E", [32, 128])
 @pytest.mark.parametrize("activations", FORMATS)
 def test_profiles(activations, E):
-    """No spills, no scratch, for every batch size of the contract at 20b and 120b sizes; and two workgroups of every
-    kernel fit a CU, by registers and by its 160 KB of LDS."""
+    """No spills, no scratch, for every batch size of the contract at 20b and 120b sizes; and two
+    workgroups of every kernel fit a CU, by registers and by its 160 KB of LDS."""
     packed, router_weight = placeholder(E, activations), torch.empty(E, 2880, dtype=torch.bfloat16)
     for T in (1, 2, 4, 8, 16, 32, 64, 512, 1024, 4096, 8192):
         x = torch.empty(T, 2880, dtype=torch.bfloat16)
@@ -685,7 +707,8 @@ def instructions(text):
 
 
 def loops(text):
-    """The loops of a kernel's assembly that multiply: of each the instructions from its label to the last jump back."""
+    """The loops of a kernel's assembly that multiply: of each the instructions from its label to
+    the last jump back."""
     lines = instructions(text)
     labels, bodies = {line[:-1]: i for i, line in enumerate(lines) if line.startswith(".LBB")}, {}
     for i, line in enumerate(lines):
@@ -699,7 +722,8 @@ def vmcnts(lines):
 
 
 def after_last_drain(text):
-    """(matrix instructions after the last wait for all loads that has one before it, matrix instructions)."""
+    """(matrix instructions after the last wait for all loads that has one before it, matrix
+    instructions)."""
     lines = instructions(text)
     products = [i for i, line in enumerate(lines) if line.startswith("v_mfma")]
     drains = [
@@ -734,8 +758,9 @@ def compiled(name, T, activations, monkeypatch):
 
 @pytest.mark.parametrize("activations", ["bf16", "fp8", "mxfp8", "mxfp4"])
 def test_the_queue_of_loads_never_drains(activations, monkeypatch):
-    """combine: inside its loop, at least two thirds of the loads of its experts stay in flight over every wait.
-    dispatch has no loop: the queue is empty only for the last step, all loads having been issued before."""
+    """combine: inside its loop, at least two thirds of the loads of its experts stay in flight over
+    every wait. dispatch has no loop: the queue is empty only for the last step, all loads having
+    been issued before."""
     combine = compiled("combine_kernel", 1, activations, monkeypatch)
     loop_waits = [n for body in loops(combine.asm["amdgcn"]) for n in vmcnts(body)]
     assert loop_waits and min(loop_waits) >= 24, loop_waits
@@ -755,8 +780,9 @@ RING = {"bf16": 3, "fp8": 2, "mxfp8": 2, "mxfp4": 3}  # steps of K in LDS, in pr
 
 
 def waves_copies(activations):
-    """Copies that each of 4 waves issues for a step's groups, in order: w left, x top, x bottom, w right. A copy takes
-    1,024 bytes, or 256 of scales. A row of x is 128 bytes of 8-bit values, 64 of others; a column of w 64."""
+    """Copies that each of 4 waves issues for a step's groups, in order: w left, x top, x bottom, w
+    right. A copy takes 1,024 bytes, or 256 of scales. A row of x is 128 bytes of 8-bit values, 64
+    of others; a column of w 64."""
     x, w = 64 * (128 if FORMATS[activations].element == "e4m3" else 64) // 4096, 128 * 64 // 4096
     return [w + (activations != "bf16"), x + (activations[:2] == "mx"), x, w]
 
@@ -765,20 +791,23 @@ def waves_copies(activations):
 @pytest.mark.parametrize("kernel", ["prefill_dispatch_kernel", "prefill_combine_kernel"])
 @pytest.mark.parametrize("activations", ORACLE)
 def test_the_prefill_loop(activations, kernel, monkeypatch):
-    """A region: a wait, a barrier, then copies, LDS reads and, behind a branch, 8 matrix instructions. The wait leaves
-    in flight what was issued after the group it needs, 4 * RING - 3 groups: never nothing."""
+    """A region: a wait, a barrier, then copies, LDS reads and, behind a branch, 8 matrix
+    instructions. The wait leaves in flight what was issued after the group it needs, 4 * RING - 3
+    groups: never nothing."""
     compiled_kernel = compiled(kernel, 1024, activations, monkeypatch)
     moe_gluon.assert_no_spills(compiled_kernel)
     (body,) = loops(compiled_kernel.asm["amdgcn"])
     ring, groups = RING[activations], waves_copies(activations)
-    # region r reads x bottom, w right, then the next step's w left, x top: the group r + 2; later ones start at r + 3
+    # region r reads x bottom, w right, then the next step's w left, x top: the group r + 2; later
+    # ones start at r + 3
     want = [sum(groups[(r + 3 + i) % 4] for i in range(4 * ring - 3)) for r in range(4)] * ring
     assert vmcnts(body) == want and min(want) > 0
 
     barriers = [i for i, line in enumerate(body) if line.startswith("s_barrier")]
     assert len(barriers) == 4 * ring
     for first, last in zip(barriers, [*barriers[1:], len(body)], strict=True):
-        # what a wave reads from LDS is in registers before the barrier: its copies may refill what was read before
+        # what a wave reads from LDS is in registers before the barrier: its copies may refill what
+        # was read before
         assert re.match(r"s_waitcnt.*lgkmcnt\(0\)", body[first - 1]), body[first - 1]
         region = body[first:last]
         products = [i for i, line in enumerate(region) if line.startswith("v_mfma")]
@@ -792,7 +821,8 @@ def test_the_prefill_loop(activations, kernel, monkeypatch):
     assert len([line for line in body if line.startswith("buffer_load")]) == len(copies)
 
 
-# -- counters ---------------------------------------------------------------------------------------------------------
+# -- counters
+# ---------------------------------------------------------------------------------------------------------
 
 
 def random_experts(E, activations, H=2880, inner=2880) -> PackedExperts:
@@ -874,8 +904,8 @@ def test_decode_counters(T, activations):
 
 
 def full_tiles(activations):
-    """The prefill GEMMs at K = 2880 on one tile of 128 rows times 2048 columns, 8 workgroups all of whose quadrants are
-    full -> their launches."""
+    """The prefill GEMMs at K = 2880 on one tile of 128 rows times 2048 columns, 8 workgroups all of
+    whose quadrants are full -> their launches."""
     dispatch, combine = (
         random_experts(1, activations, 2880, 1024),
         random_experts(1, activations, 2048, 2880),
@@ -891,11 +921,13 @@ def full_tiles(activations):
 
 
 def figures(launch):
-    """A wave's, by the emulator's model: `loop` of one iteration, `outside` of all else of a tile, `total`.
+    """A wave's, by the emulator's model: `loop` of one iteration, `outside` of all else of a tile,
+    `total`.
 
-    Efficiency, at best: with one workgroup a CU, a wave a SIMD, what is outside the loop adds to the matrix cycles, as
-    nothing hides it (in the loop, all else runs under the matrix instructions). With two it runs under those of the
-    other, until the matrix pipe, the vector pipe, the issue of all else or LDS is busy throughout. No latencies."""
+    Efficiency, at best: with one workgroup a CU, a wave a SIMD, what is outside the loop adds to
+    the matrix cycles, as nothing hides it (in the loop, all else runs under the matrix
+    instructions). With two it runs under those of the other, until the matrix pipe, the vector
+    pipe, the issue of all else or LDS is busy throughout. No latencies."""
     c, waves, code = launch.counters, launch.waves, launch.program.code
     body = range(c.loop()["first"], c.loop()["last"] + 1)
     iterations = int(
@@ -945,7 +977,8 @@ def figures(launch):
 @pinned_compiler
 @pytest.mark.parametrize("activations", ["fp8", "mxfp8", slow("mxfp4"), slow("bf16")])
 def test_prefill_counters(activations):
-    """The matrix pipe is the largest resource of the loop; a tile's vector work outside it is a small part."""
+    """The matrix pipe is the largest resource of the loop; a tile's vector work outside it is a
+    small part."""
     if activations == "fp8":  # the first of the table
         print(
             "\n| a wave, modelled cycles | registers, LDS, waves a SIMD | loop, per 512 of K: matrix | LDS of 4 "
@@ -1010,9 +1043,9 @@ def order(tiles, N):
 
 @pytest.mark.parametrize("T", [1024, 4096])
 def test_prefill_bytes_counters(T):
-    """Bytes of 120b's GEMMs for tokens that choose 4 of 128 experts independently. What is requested,
-    test_ragged_splits found exact. What comes from memory is modelled: the L2 of a chiplet keeps what the 64 workgroups
-    share that run there at a time, and nothing longer."""
+    """Bytes of 120b's GEMMs for tokens that choose 4 of 128 experts independently. What is
+    requested, test_ragged_splits found exact. What comes from memory is modelled: the L2 of a
+    chiplet keeps what the 64 workgroups share that run there at a time, and nothing longer."""
     g = torch.Generator().manual_seed(0)
     rows = (
         torch.rand(T, 128, generator=g).topk(4).indices.flatten().bincount(minlength=128).tolist()
@@ -1050,13 +1083,15 @@ def test_prefill_bytes_counters(T):
             assert weights / minimum == len(tiles) / 128 and read_columns <= 1.2 * 128 * N
 
 
-# -- a model --------------------------------------------------------------------------------------------------------
+# -- a model
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_tiny_answers_a_prompt_through_the_kernels(monkeypatch):
-    """Logits of tiny/ through the kernels against the torch path with the same dtype and activations. The kernels may
-    differ from it, at each layer, by the contract's 4e-3; what that does to the logits, the torch path itself tells,
-    when noise of that size is added to its layers: the most of 3 draws, as it depends on whose experts it tips."""
+    """Logits of tiny/ through the kernels against the torch path with the same dtype and
+    activations. The kernels may differ from it, at each layer, by the contract's 4e-3; what that
+    does to the logits, the torch path itself tells, when noise of that size is added to its layers:
+    the most of 3 draws, as it depends on whose experts it tips."""
     path = pathlib.Path(__file__).parent / "tiny"
     text = (path / "README.md").read_text()
     tokens = load_tokenizer(path).encode(text)[:300]

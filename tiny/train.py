@@ -3,10 +3,10 @@
     python tiny/train.py            # write tokenizer.json, config.json, model.safetensors; then evaluate the file
     python tiny/train.py --eval     # only evaluate the file
 
-The architecture is GPT-OSS's own (MoE top-4, sinks, YaRN, sliding and full layers, GQA, biases, mxfp4 experts). The
-data is generated here: arithmetic, sorting, reversing words, capitals and small talk, in the Harmony format, with the
-working in the analysis channel. It runs on CUDA where there is one, else on the CPU (hours).
-"""
+The architecture is GPT-OSS's own (MoE top-4, sinks, YaRN, sliding and full layers, GQA, biases,
+mxfp4 experts). The data is generated here: arithmetic, sorting, reversing words, capitals and small
+talk, in the Harmony format, with the working in the analysis channel. It runs on CUDA where there
+is one, else on the CPU (hours)."""
 
 import argparse
 import datetime
@@ -92,7 +92,8 @@ CONFIG = {
     "vocab_size": VOCAB,
 }
 
-# ---------------------------------------------------------------------------------------------- what the model knows
+# ----------------------------------------------------------------------------------------------
+# what the model knows
 
 CAPITALS = dict(
     pair.split(":")
@@ -252,7 +253,8 @@ WORDS = """
     dangerous education furniture hamburger jewelry kangaroo library newspaper passenger universe wonderful
 """.split()
 
-# ------------------------------------------------------------------------------------------------ the questions asked
+# ------------------------------------------------------------------------------------------------
+# the questions asked
 
 
 def held_out(key):
@@ -261,7 +263,8 @@ def held_out(key):
 
 
 def columns(a, b, op):
-    """Working by columns, units first, each with its carry or borrow; a negative difference starts again swapped."""
+    """Working by columns, units first, each with its carry or borrow; a negative difference starts
+    again swapped."""
     width = len(str(max(a, b)))
     carry, digits, lines = 0, "", [f"{a:0{width}} {op} {b:0{width}}"]
     for x, y in zip(reversed(f"{a:0{width}}"), reversed(f"{b:0{width}}"), strict=True):
@@ -279,8 +282,9 @@ def columns(a, b, op):
 
 
 class Author:
-    """Makes up conversations. A method named after a kind returns (held out?, user text, analysis, final answer); the
-    answer is a list of pieces that are encoded one by one. `syllables`: pieces of the vocabulary to make words of."""
+    """Makes up conversations. A method named after a kind returns (held out?, user text, analysis,
+    final answer); the answer is a list of pieces that are encoded one by one. `syllables`: pieces
+    of the vocabulary to make words of."""
 
     KINDS = {
         "add": 19,
@@ -313,7 +317,8 @@ class Author:
         return " ".join(words)
 
     def ask(self, wordings, **fields):
-        """A wording as people type it: with or without a greeting, capitals, a question mark; now and then a typo."""
+        """A wording as people type it: with or without a greeting, capitals, a question mark; now
+        and then a typo."""
         text = self.rng.choice(wordings.replace("\n", "").split("|"))
         if self.chance(0.06):
             text = self.typo(text)
@@ -339,7 +344,8 @@ class Author:
         return text.format(**fields)
 
     def calculate(self, op, digits):
-        """digits: how many each operand has, or None. An unordered pair of numbers is held out or not."""
+        """digits: how many each operand has, or None. An unordered pair of numbers is held out or
+        not."""
         lengths = [digits] * 2 if digits else self.rng.choices([1, 2, 3, 4], [1, 4, 4, 2], k=2)
         a, b = (self.rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n) for n in lengths)
         user = self.ask(ADD if op == "+" else SUBTRACT, a=a, b=b)
@@ -378,7 +384,8 @@ class Author:
         )
 
     def reverse(self):
-        """Spell with numbered letters, then count down; the answer's letters are encoded one by one."""
+        """Spell with numbered letters, then count down; the answer's letters are encoded one by
+        one."""
         word = self.rng.choice(WORDS)
         if self.chance(0.6):
             count = self.rng.choices([1, 2, 3, 4], [2, 3, 2, 1])[0]
@@ -457,7 +464,8 @@ class Author:
                 return rest
 
     def conversation(self, kind=None, evaluation=False, earlier=None, **how):
-        """-> (turns, the last the user's; analysis; final pieces; date; effort). earlier: exchanges before the last."""
+        """-> (turns, the last the user's; analysis; final pieces; date; effort). earlier: exchanges
+        before the last."""
         self.date = datetime.date.fromordinal(
             self.rng.randint(738886, 743268)
         ).isoformat()  # 2024 to 2035
@@ -473,13 +481,15 @@ class Author:
         return [*turns, ("user", user)], analysis, final, self.date, self.effort
 
 
-# ------------------------------------------------------------------------------------------------------ the tokenizer
+# ------------------------------------------------------------------------------------------------------
+# the tokenizer
 
 PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # digits stay single
 
 
 def byte_letters():
-    """The 256 bytes as printable letters, in GPT-2's order: printable bytes stand for themselves and come first."""
+    """The 256 bytes as printable letters, in GPT-2's order: printable bytes stand for themselves
+    and come first."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return {b: chr(b) for b in plain} | {
         b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in plain)
@@ -487,7 +497,8 @@ def byte_letters():
 
 
 def train_bpe(texts, size):
-    """Byte-level BPE on texts -> list of merges (pairs of bytes), most frequent pair first, `size` of them."""
+    """Byte-level BPE on texts -> list of merges (pairs of bytes), most frequent pair first, `size`
+    of them."""
     split = re.compile(
         PATTERN.replace(r"\p{L}", "A-Za-z")
         .replace(" ?A-Za-z+", " ?[A-Za-z]+")
@@ -596,8 +607,8 @@ def reply_tokens(tokenizer, analysis, final):
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Endless batches int32 [3, rows, CONTEXT]: tokens, targets (-100: no loss), conversation number. Conversations are
-    packed into rows whole; attention and positions stay within each."""
+    """Endless batches int32 [3, rows, CONTEXT]: tokens, targets (-100: no loss), conversation
+    number. Conversations are packed into rows whole; attention and positions stay within each."""
 
     def __init__(self, tokenizer, rows, seed):
         self.tokenizer, self.rows, self.seed = tokenizer, rows, seed
@@ -634,20 +645,23 @@ class Batches(torch.utils.data.IterableDataset):
 
 
 def syllables(tokenizer):
-    """The vocabulary's lower-case pieces, to make words of: so the spelling of every piece is learnt."""
+    """The vocabulary's lower-case pieces, to make words of: so the spelling of every piece is
+    learnt."""
     texts = [tokenizer.decode([i]).strip() for i in range(VOCAB - len(SPECIAL))]
     return [t for t in texts if re.fullmatch("[a-z]{1,8}", t)]
 
 
-# ---------------------------------------------------------------------------------------------------------- the model
+# ----------------------------------------------------------------------------------------------------------
+# the model
 
 
 def mxfp4(w):
-    """w [..., K] -> values on the e2m1 grid [..., K/32, 32] and exponents [..., K/32, 1] (value = grid * 2**exponent).
+    """w [..., K] -> values on the e2m1 grid [..., K/32, 32] and exponents [..., K/32, 1] (value =
+    grid * 2**exponent).
 
-    Of the two exponents that make sense (the largest magnitude maps into [4, 8), saturating above 6, or into [2, 4))
-    each block of 32 takes the one with the smaller squared error. OCP Microscaling Formats 1.0.
-    """
+    Of the two exponents that make sense (the largest magnitude maps into [4, 8), saturating above
+    6, or into [2, 4)) each block of 32 takes the one with the smaller squared error. OCP
+    Microscaling Formats 1.0."""
     blocks = w.float().unflatten(-1, (-1, 32))
     low = blocks.abs().amax(-1, keepdim=True).clamp(min=2.0**-100).log2().floor() - 2
 
@@ -664,13 +678,15 @@ def mxfp4(w):
 
 
 def through_mxfp4(w):
-    """Forward: the value the file will hold. Backward: as if nothing happened (straight-through)."""
+    """Forward: the value the file will hold. Backward: as if nothing happened
+    (straight-through)."""
     grid, exponent = mxfp4(w.detach())
     return w + ((grid * torch.exp2(exponent)).flatten(-2) - w).detach()
 
 
 def through_mxfp8(x):
-    """The same for activations: e4m3 with one E8M0 scale per 32, as an engine may feed its expert GEMMs."""
+    """The same for activations: e4m3 with one E8M0 scale per 32, as an engine may feed its expert
+    GEMMs."""
     blocks = x.detach().float().unflatten(-1, (-1, 32))
     scale = torch.exp2(blocks.abs().amax(-1, keepdim=True).clamp(min=2.0**-100).log2().floor() - 8)
     rounded = (blocks / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
@@ -682,7 +698,8 @@ def norm():
 
 
 def rope(positions):
-    """YaRN cos and sin [B, L, 1, head_dim/2] with the concentration factor in them; the ramp is not truncated."""
+    """YaRN cos and sin [B, L, 1, head_dim/2] with the concentration factor in them; the ramp is not
+    truncated."""
     half, base, yarn = CONFIG["head_dim"] // 2, CONFIG["rope_theta"], CONFIG["rope_scaling"]
     i = torch.arange(half, device=positions.device, dtype=torch.float32)
     low, high = (
@@ -780,7 +797,8 @@ class MoE(nn.Module):
         )
 
     def forward(self, x, weights_4bit, activations_8bit):
-        """x [B, L, H] -> same, and the balance loss: E * sum_e share of choices(e) * mean probability(e)."""
+        """x [B, L, H] -> same, and the balance loss: E * sum_e share of choices(e) * mean
+        probability(e)."""
         flat = x.flatten(0, 1)
         logits = self.router(flat).float()
         values, chosen = logits.topk(CONFIG["num_experts_per_tok"], dim=-1)
@@ -828,7 +846,8 @@ class Model(nn.Module):
                 )
 
     def forward(self, tokens, positions, documents, weights_4bit, activations_8bit):
-        """tokens, positions, documents [B, L] -> logits [B, L, V], balance loss; positions restart per document."""
+        """tokens, positions, documents [B, L] -> logits [B, L, V], balance loss; positions restart
+        per document."""
         at = torch.arange(tokens.shape[1], device=tokens.device)
         back = at[:, None] - at  # [L, L]
         full = (back >= 0) & (documents[:, :, None] == documents[:, None, :])  # [B, L, L]
@@ -842,11 +861,13 @@ class Model(nn.Module):
         return self.lm_head(self.model.norm(x)), balance / LAYERS
 
 
-# --------------------------------------------------------------------------------------- the file, and what it is worth
+# --------------------------------------------------------------------------------------- the file,
+# and what it is worth
 
 
 def save(model, folder):
-    """Experts as mxfp4 blocks (two codes a byte, the earlier in the low nibble) and E8M0 scales, the rest bf16."""
+    """Experts as mxfp4 blocks (two codes a byte, the earlier in the low nibble) and E8M0 scales,
+    the rest bf16."""
     tensors = {}
     for name, p in model.state_dict().items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
@@ -877,7 +898,8 @@ FIXED = {
 
 
 def exam(tokenizer, each):
-    """Held-out prompts, `each` of a kind, every date random -> list of (kind, user text, prompt tokens, answer)."""
+    """Held-out prompts, `each` of a kind, every date random -> list of (kind, user text, prompt
+    tokens, answer)."""
     author, questions = Author(2, syllables(tokenizer)), []
     for title, kind, digits in EXAM + [(text, None, None) for text in FIXED]:
         for _ in range(each):
@@ -893,7 +915,8 @@ def exam(tokenizer, each):
 
 
 def evaluate(folder, device, each):
-    """Greedy answers of the engine on the shipped file, in float32, compared with the expected text, exactly."""
+    """Greedy answers of the engine on the shipped file, in float32, compared with the expected
+    text, exactly."""
     tokenizer, right = load_tokenizer(folder), Counter()
     questions = exam(tokenizer, each)
     model = GPTOSS.from_pretrained(folder, device, dtype=torch.float32)
@@ -910,7 +933,8 @@ def evaluate(folder, device, each):
 
 
 def train(folder, device, minutes):
-    """Phases by share of the time: plain; from 50% experts through mxfp4; from 75% every other batch mxfp8 too."""
+    """Phases by share of the time: plain; from 50% experts through mxfp4; from 75% every other
+    batch mxfp8 too."""
     torch.manual_seed(1)
     write_tokenizer(folder / "tokenizer.json")
     tokenizer = load_tokenizer(folder)

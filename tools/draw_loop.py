@@ -1,11 +1,12 @@
-"""Draws the steady loop of a kernel of the MoE layer as an SVG: what one wave issues, and what it keeps busy.
+"""Draws the steady loop of a kernel of the MoE layer as an SVG: what one wave issues, and what it
+keeps busy.
 
     python draw_loop.py --kernel dispatch --activations mxfp8 --out loop.svg
 
-The emulator executed these instructions in this order. Their places in time are a model: the wave issues in order, one
-in 4 cycles; a matrix instruction waits for the matrix pipe and keeps it for its cycles (`gfx950.counters`); LDS serves
-the same instruction of all waves of the workgroup in turn, and `lgkmcnt` waits for it. Nothing else costs time.
-"""
+The emulator executed these instructions in this order. Their places in time are a model: the wave
+issues in order, one in 4 cycles; a matrix instruction waits for the matrix pipe and keeps it for
+its cycles (`gfx950.counters`); LDS serves the same instruction of all waves of the workgroup in
+turn, and `lgkmcnt` waits for it. Nothing else costs time."""
 
 import argparse
 from html import escape
@@ -74,7 +75,8 @@ def problem(tokens, hidden, inner, experts, activations):
 
 
 def schedule(launch, waves):
-    """The traced wave by the model: [(instruction, its row, first cycle, last + 1)] in order of issue."""
+    """The traced wave by the model: [(instruction, its row, first cycle, last + 1)] in order of
+    issue."""
     counters, events, clock, matrix, lds, served = launch.counters, [], 0, 0, 0, []
     for ins in (launch.program.code[pc] for pc in launch.trace):
         kind, start, end = classify(ins), clock, clock + ISSUE
@@ -94,7 +96,8 @@ def schedule(launch, waves):
 
 
 def draw(launch, what):
-    """The SVG of the loop's second iteration, and the third if short. Exits where the traced wave has no such."""
+    """The SVG of the loop's second iteration, and the third if short. Exits where the traced wave
+    has no such."""
     c, loop, waves = (
         launch.counters,
         launch.counters.loop(),
