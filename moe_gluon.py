@@ -6,9 +6,12 @@ prefill kernels.
 
 Decode, a layer of at most 16 tokens, is three launches:
 
-    route       router GEMM, top-k, softmax, list of the active experts; other workgroups quantise x meanwhile
-    dispatch    gather rows, first GEMM, bias, SwiGLU, quantise        a workgroup: one expert, 64 columns, all of K
-    combine     second GEMM, bias, gate weight, sum over the slots     a workgroup: every active expert, 8 columns
+    route      router GEMM, top-k, softmax, list of the active experts;
+               other workgroups quantise x meanwhile
+    dispatch   gather rows, first GEMM, bias, SwiGLU, quantise;
+               a workgroup: one expert, 64 columns, all of K
+    combine    second GEMM, bias, gate weight, sum over the slots;
+               a workgroup: every active expert, 8 columns
 
 It is bound by the bytes of the active experts' weights, so everything serves one purpose: ask for
 each byte once, early, and for nothing else. Weights go from memory straight into the registers of
@@ -27,7 +30,8 @@ Number formats are OCP MX v1.0
 layouts the CDNA4 ISA's (https://www.amd.com/en/developer/resources/technical-articles.html).
 Letters:
 
-    T tokens   H hidden size   I intermediate size   E experts   K, N inner and outer size of a GEMM's weight
+    T tokens   H hidden size   I intermediate size   E experts
+    K, N       inner and outer size of a GEMM's weight
     slot       the i-th of a token's top_k experts; SLOTS is top_k rounded up to a power of two
     row        a (token, slot) pair, numbered token * SLOTS + slot
     place      position of a row when they are sorted by expert: the order of the intermediate h
@@ -111,7 +115,9 @@ def is_supported() -> bool:
 # consecutive bytes an instruction:
 #
 #     byte     0 ........ 15  16 ....... 31       240 ...... 255  256 ....... 271
-#     holds    n=0, k=0..31   n=1, k=0..31   ...  n=15, k=0..31   n=0, k=32..63   ...     low nibble first
+#     holds    n=0, k=0..31   n=1, k=0..31   ...  n=15, k=0..31   n=0, k=32..63   ...
+#
+# The low nibble comes first.
 #
 # K needs no padding: 2880 is 22.5 steps of 128, and the lanes of the missing half are switched off.
 # bf16 is the same with 32 K a v_mfma_f32_16x16x32_bf16: [N/16, K/32, 4, 16, 8 values], lane L:
@@ -184,13 +190,15 @@ def prepare(experts, activations: str) -> PackedExperts:
     )
     if None in scales:
         raise ValueError(
-            f"activations={activations!r} need the static input scales of a Quark checkpoint; use mxfp8"
+            f"activations={activations!r} need the static input scales of a Quark checkpoint; use "
+            "mxfp8"
         )
     gate_up = pack(experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias, scales[0])
     down = pack(experts.down_weight, experts.down_scale, experts.down_bias, scales[1])
     if gate_up.N != 2 * down.K or gate_up.K != down.N:
         raise ValueError(
-            f"gate_up is {gate_up.N} x {gate_up.K}, down {down.N} x {down.K}: expected 2I x H and H x I"
+            f"gate_up is {gate_up.N} x {gate_up.K}, down {down.N} x {down.K}: expected 2I x H and "
+            "H x I"
         )
     return PackedExperts(
         gate_up, down, activations, torch.zeros(1, dtype=torch.int32, device=gate_up.data.device)
@@ -1426,12 +1434,14 @@ def sliced_step(
         issue        w left k+2      x top k+2       x bottom k+2    w right k+2        (RING = 2)
         multiply     top left        bottom left     top right       bottom right
         of step      x t   w l       x b   w l       x t   w r       x b   w r
-        in flight    wr k            wl k+1          xt k+1          xb k+1             groups that the wait leaves,
-                     wl k+1          xt k+1          xb k+1          wr k+1             the oldest first: what a
-                     xt k+1          xb k+1          wr k+1          wl k+2             region reads was issued
-                     xb k+1          wr k+1          wl k+2          xt k+2             4 RING - 2 regions before,
-                     wr k+1          wl k+2          xt k+2          xb k+2             so 4 RING - 3 came after it
+        in flight    wr k            wl k+1          xt k+1          xb k+1
+                     wl k+1          xt k+1          xb k+1          wr k+1
+                     xt k+1          xb k+1          wr k+1          wl k+2
+                     xb k+1          wr k+1          wl k+2          xt k+2
+                     wr k+1          wl k+2          xt k+2          xb k+2
 
+    "In flight" are the groups that the wait leaves, the oldest first: what a region reads was
+    issued 4 RING - 2 regions before, so 4 RING - 3 came after it.
     Near the end fewer were issued after it: in region r, 4 LEFT + 2 - r. A copy refills the slot
     that was read two regions before: what a region reads is in registers when the next one ends (it
     is multiplied there, or its scales are), and the barrier of the one after that comes after all
@@ -1949,14 +1959,16 @@ def moe(
         )
     if x.shape[1:] != (H,) or H != packed.gate_up.K or E != len(packed.gate_up.data):
         raise ValueError(
-            f"x is {list(x.shape)}, the router {E} x {H}, the experts {len(packed.gate_up.data)} of "
+            f"x is {list(x.shape)}, the router {E} x {H}, the experts {len(packed.gate_up.data)} "
+            "of "
             f"{packed.gate_up.K}"
         )
     if not 1 <= top_k <= min(E, 8):
         raise ValueError(f"top_k={top_k}: expected 1 to 8, and no more than the {E} experts")
     if len(x) * triton.next_power_of_2(top_k) * max(H, packed.down.K) * 2 >= 2**31:
         raise ValueError(
-            f"{len(x)} tokens at once: split them, an intermediate would exceed 2 GB, a buffer's range"
+            f"{len(x)} tokens at once: split them, an intermediate would exceed 2 GB, a buffer's "
+            "range"
         )
     if len(x) == 0:
         return torch.empty_like(x)

@@ -1,9 +1,9 @@
 """GPT-OSS checkpoints of every published layout into tensors, and their tokenizer.
 
-    hf-mxfp4   openai/gpt-oss-20b, -120b                    experts packed as `*_blocks` and `*_scales`
-    openai     the `original/` folder of those              fused qkv, names `block.{n}.*`
-    quark      amd/gpt-oss-120b-w-mxfp4-a-fp8               tensors per expert, static FP8 activation scales
-    hf-bf16    an unquantised Hugging Face export           experts as [E, in, out]
+    hf-mxfp4   openai/gpt-oss-20b, -120b           experts packed as `*_blocks` and `*_scales`
+    openai     the `original/` folder of those     fused qkv, names `block.{n}.*`
+    quark      amd/gpt-oss-120b-w-mxfp4-a-fp8      tensors per expert, static FP8 activation scales
+    hf-bf16    an unquantised Hugging Face export  experts as [E, in, out]
 
 Files are memory-mapped (safetensors) and packed experts stay packed. Shape letters, here and in
 gptoss.py: V vocabulary, H hidden size, I intermediate size, D head dim, E experts, T tokens."""
@@ -539,7 +539,8 @@ def check(path: Path, files: dict[str, Path], expected: list[Stored]) -> None:
     if unexpected := sorted(set(files) - {stored.name for stored in expected}):
         raise CheckpointError(
             f"{files[unexpected[0]]}: unexpected tensor {unexpected[0]}"
-            f"{f' and {len(unexpected) - 1} more' * (len(unexpected) > 1)}; config.json has no place "
+            f"{f' and {len(unexpected) - 1} more' * (len(unexpected) > 1)}; config.json has no "
+            "place "
             "for it"
         )
 

@@ -173,7 +173,8 @@ def table(launch):
         )
     )
     lines.append(
-        f"  peak bytes in flight a wave: {c.peak_bytes_in_flight:,}; LDS bytes read that were never written: "
+        f"  peak bytes in flight a wave: {c.peak_bytes_in_flight:,}; LDS bytes read that were "
+        "never written: "
         f"{c.unwritten_lds_bytes_read:,}"
     )
     for name, t in c.tensors.items():

@@ -472,6 +472,7 @@ class Machine:
     def fault(self, ins, wave, lane, address, what):
         place = np.unravel_index(self.workgroups[self.group_of[wave]], self.grid[::-1])[::-1]
         raise GPUFault(
-            f"{self.program.name}: {what}\n  {ins.text}\n    at {ins.where}\n  wave {self.wave_of[wave]} of "
+            f"{self.program.name}: {what}\n  {ins.text}\n    at {ins.where}\n  wave "
+            f"{self.wave_of[wave]} of "
             f"workgroup {tuple(map(int, place))}, lane {int(lane)}, address {address:#x}"
         )

@@ -11,8 +11,9 @@ group g:
     lane group g, 16x16x128:         0      1      2      3      0      1      2      3
     8-bit bytes               k: |0..15|16..31|32..47|48..63|64..79|80..95|96..111|112..127|
                                  '---- bytes 0..15 of each --''---- bytes 16..31 of each --'
-    fp4 nibbles               k: |  0..31     |  32..63     |  64..95     |  96..127       |  groups 0, 1, 2, 3
-    scale byte of lane (i, g) k: |  0..31     |  32..63     |  64..95     |  96..127       |  groups 0, 1, 2, 3
+    and for groups 0, 1, 2, 3:
+    fp4 nibbles               k: |  0..31     |  32..63     |  64..95     |  96..127       |
+    scale byte of lane (i, g) k: |  0..31     |  32..63     |  64..95     |  96..127       |
 
 so the scale of lane (i, g) is for row i and logical block g, bytes of which lie in other lanes when
 operands are 8-bit. D x D results: 16x16 register r of lane (col, g) is row 4 g + r; 32x32 it is row

@@ -1370,7 +1370,8 @@ def test_scaled_mfma(fa, fb, d, k):
                 for lane in range(64)
             ]
         text = (
-            f"v_mfma_scale_f32_{d}x{d}x{k}_f8f6f4 v[24:{23 + n}], v[4:{3 + len(ra)}], v[12:{11 + len(rb)}], 0, "
+            f"v_mfma_scale_f32_{d}x{d}x{k}_f8f6f4 v[24:{23 + n}], v[4:{3 + len(ra)}], "
+            f"v[12:{11 + len(rb)}], 0, "
             f"v20, v21 "
             f"op_sel:[{byte_a & 1},{byte_b & 1},0] op_sel_hi:[{byte_a >> 1},{byte_b >> 1},0] "
             f"cbsz:{F8F6F4[fa][0]} blgp:{F8F6F4[fb][0]}"

@@ -132,7 +132,7 @@ def run(T, E, H, inner, top_k, activations, seed=0, **emulate):
 
 
 # -- packing
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activations", ["bf16", "mxfp8"])
@@ -199,7 +199,7 @@ def test_moe_refuses_what_the_kernels_do_not_take():
 
 
 # -- routing
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_e5m2(activations, monkeypatch):
 
 
 # -- the layer
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activations", ORACLE)
@@ -822,7 +822,7 @@ def test_the_prefill_loop(activations, kernel, monkeypatch):
 
 
 # -- counters
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def random_experts(E, activations, H=2880, inner=2880) -> PackedExperts:
@@ -892,7 +892,8 @@ def test_decode_counters(T, activations):
     """The columns of the README's table, at least as good as asked."""
     active, launches, weight_bytes, other_bytes, flight = count(T, activations)
     print(
-        f"\n{activations}, {T} tokens, {active} experts: {launches} launches, weights x {weight_bytes:.4f}, all else "
+        f"\n{activations}, {T} tokens, {active} experts: {launches} launches, weights x "
+        f"{weight_bytes:.4f}, all else "
         f"x {other_bytes:.3f} of the minimum; "
         + "; ".join(
             f"{k} {w} workgroups, {f:.0f} KB in flight a CU" for k, (w, f) in flight.items()
@@ -981,13 +982,17 @@ def test_prefill_counters(activations):
     small part."""
     if activations == "fp8":  # the first of the table
         print(
-            "\n| a wave, modelled cycles | registers, LDS, waves a SIMD | loop, per 512 of K: matrix | LDS of 4 "
-            "waves: reads, with copies, bank conflicts | issue of all else | copies, LDS reads, waits, vector | "
-            "outside the loop: vector instructions at 4, with transcendentals at 16, issue of others | all of a tile:"
+            "\n| a wave, modelled cycles | registers, LDS, waves a SIMD | loop, per 512 of K: "
+            "matrix | LDS of 4 "
+            "waves: reads, with copies, bank conflicts | issue of all else | copies, LDS reads, "
+            "waits, vector | "
+            "outside the loop: vector instructions at 4, with transcendentals at 16, issue of "
+            "others | all of a tile:"
             " matrix | at best, with one, two workgroups a CU |\n|" + " --- |" * 9
         )
         print(
-            "| best public Gluon kernel, fp8 gate_up | 443, 139 KB, 1 | 4096 | 1568, -, 512 | - | 36, 72, 9, 114 |"
+            "| best public Gluon kernel, fp8 gate_up | 443, 139 KB, 1 | 4096 | 1568, -, 512 | - | "
+            "36, 72, 9, 114 |"
             " 11.3k, -, - | 24.0k | 68%, - |"
         )
     for launch in full_tiles(activations):
@@ -998,8 +1003,10 @@ def test_prefill_counters(activations):
             f"| {activations} {launch.name} | {p['vgprs'] + p['agprs']}, {p['lds'] / 1000:.0f} KB, "
             f"{p['occupancy']} | {per * loop['matrix']:.0f} | {per * loop['lds reads']:.0f}, "
             f"{per * loop['lds']:.0f}, {per * loop['conflicts']:.0f} | {per * loop['issue']:.0f} | "
-            f"{per * i['copy to lds']:.0f}, {per * i['lds']:.0f}, {per * i['wait']:.0f}, {per * i['vector']:.0f} | "
-            f"{o['at 4']:.0f}, {o['vector']:.0f}, {o['others']:.0f} | {matrix:.0f} | {n.one:.0%}, {n.two:.0%} |"
+            f"{per * i['copy to lds']:.0f}, {per * i['lds']:.0f}, {per * i['wait']:.0f}, "
+            f"{per * i['vector']:.0f} | "
+            f"{o['at 4']:.0f}, {o['vector']:.0f}, {o['others']:.0f} | {matrix:.0f} | {n.one:.0%}, "
+            f"{n.two:.0%} |"
         )
         assert loop["matrix"] == 4 * RING[activations] * 8 * (
             16 if activations in ("bf16", "mxfp4") else 32
@@ -1054,7 +1061,8 @@ def test_prefill_bytes_counters(T):
         (e, min(128, r - i)) for e, r in enumerate(rows) for i in range(0, r, 128)
     ]  # expert, rows
     print(
-        f"\n{T} tokens, {min(rows)} to {max(rows)} rows an expert, {len(tiles)} tiles\n| GEMM | weights, MB | "
+        f"\n{T} tokens, {min(rows)} to {max(rows)} rows an expert, {len(tiles)} tiles\n| GEMM | "
+        "weights, MB | "
         "requested / minimum | from memory / minimum | rows, MB | requested | from memory |\n|"
         + " --- |"
         * 7
@@ -1084,7 +1092,7 @@ def test_prefill_bytes_counters(T):
 
 
 # -- a model
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_tiny_answers_a_prompt_through_the_kernels(monkeypatch):
@@ -1092,7 +1100,7 @@ def test_tiny_answers_a_prompt_through_the_kernels(monkeypatch):
     activations. The kernels may differ from it, at each layer, by the contract's 4e-3; what that
     does to the logits, the torch path itself tells, when noise of that size is added to its layers:
     the most of 3 draws, as it depends on whose experts it tips."""
-    path = pathlib.Path(__file__).parent / "tiny"
+    path = pathlib.Path(__file__).parents[1] / "tiny"
     text = (path / "README.md").read_text()
     tokens = load_tokenizer(path).encode(text)[:300]
     assert len(tokens) == 300
@@ -1117,6 +1125,7 @@ def test_tiny_answers_a_prompt_through_the_kernels(monkeypatch):
     allowed = [relative_error(torch_path.logits(tokens), want) for _ in range(3)]
     error = relative_error(got, want)
     print(
-        f"\nrelative L2 error of the logits {error:.2e}, with noise {', '.join(f'{a:.2e}' for a in allowed)}"
+        f"\nrelative L2 error of the logits {error:.2e}, with noise "
+        f"{', '.join(f'{a:.2e}' for a in allowed)}"
     )
     assert error <= max(allowed)

@@ -1,7 +1,7 @@
 """Draws the steady loop of a kernel of the MoE layer as an SVG: what one wave issues, and what it
 keeps busy.
 
-    python draw_loop.py --kernel dispatch --activations mxfp8 --out loop.svg
+    python tools/draw_loop.py --kernel dispatch --activations mxfp8 --out loop.svg
 
 The emulator executed these instructions in this order. Their places in time are a model: the wave
 issues in order, one in 4 cycles; a matrix instruction waits for the matrix pipe and keeps it for
@@ -43,7 +43,8 @@ PALETTE = [(f"c{i}", *row[1:3]) for i, row in enumerate(ROWS)] + [
 ]
 LIGHT, DARK = ("".join(f".{colour[0]}{{fill:#{colour[i]}}}" for colour in PALETTE) for i in (1, 2))
 STYLE = (
-    "text{font:12px sans-serif}.small{font-size:10px}.bold{font-weight:600}.title{font-size:15px;font-weight:600}"
+    "text{font:12px "
+    "sans-serif}.small{font-size:10px}.bold{font-weight:600}.title{font-size:15px;font-weight:600}"
     f"{LIGHT}@media(prefers-color-scheme:dark){{{DARK}}}"
 )
 
@@ -109,7 +110,8 @@ def draw(launch, what):
     )
     if len(heads) < turns + 2:
         raise SystemExit(
-            f"wave 0 enters {launch.name}'s loop {len(heads)} times, {turns + 2} needed: try --workgroup"
+            f"wave 0 enters {launch.name}'s loop {len(heads)} times, {turns + 2} needed: try "
+            "--workgroup"
         )
     first, last, events = heads[1], heads[1 + turns], schedule(launch, waves)
     drawn, t0, t1 = [e[0] for e in events[first:last]], events[first][2], events[last][2]
@@ -128,12 +130,14 @@ def draw(launch, what):
 
     def text(x, y, content, style="ink", anchor="start"):
         shapes.append(
-            f'<text class="{style}" x="{x:.1f}" y="{y}" text-anchor="{anchor}">{escape(content)}</text>'
+            f'<text class="{style}" x="{x:.1f}" y="{y}" '
+            f'text-anchor="{anchor}">{escape(content)}</text>'
         )
 
     def box(style, x, y, width, height, tip):
         shapes.append(
-            f'<rect class="{style}" x="{x:.1f}" y="{y}" width="{max(1, width):.1f}" height="{height}">'
+            f'<rect class="{style}" x="{x:.1f}" y="{y}" width="{max(1, width):.1f}" '
+            f'height="{height}">'
             f"<title>{escape(tip)}</title></rect>"
         )
 
@@ -181,7 +185,8 @@ def draw(launch, what):
     text(
         14,
         46,
-        f"Cycles an iteration: matrix {matrix / turns:,.0f}, LDS of {waves} waves {lds['lds']:,.0f} + "
+        f"Cycles an iteration: matrix {matrix / turns:,.0f}, LDS of {waves} waves "
+        f"{lds['lds']:,.0f} + "
         f"{lds['copy to lds']:,.0f} for copies, issue {ISSUE * len(drawn) / turns:,.0f}; as drawn "
         f"{(t1 - t0) / turns:,.0f}, the matrix pipe {matrix / (t1 - t0):.0%} busy",
     )
@@ -189,11 +194,13 @@ def draw(launch, what):
     text(
         14,
         height - 12,
-        "A box is an instruction, a vertical line a barrier. Cycles are modelled, without latencies.",
+        "A box is an instruction, a vertical line a barrier. Cycles are modelled, without "
+        "latencies.",
     )
     size = f'width="{WIDTH}" height="{height}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {WIDTH} {height}"><style>{STYLE}</style>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {WIDTH} '
+        f'{height}"><style>{STYLE}</style>'
         f'<rect class="paper" {size}/>\n' + "\n".join(shapes) + "\n</svg>\n"
     )
 
@@ -208,7 +215,7 @@ def main():
         ("inner", 128),
         ("experts", 2),
         ("workgroup", 0),
-        ("out", "loop.svg"),
+        ("out", "docs/loop.svg"),
     ):
         parser.add_argument(
             f"--{name}", type=type(default), default=default, help=f"default: {default}"
@@ -220,7 +227,8 @@ def main():
     loops = [x for x in gpu.launches if (loop := x.counters.loop()) and loop["cycles"]["matrix"]]
     if not (named := [x for x in loops if a.kernel in x.name]):
         raise SystemExit(
-            f"only {[x.name for x in loops]} loop over matrix instructions, no kernel like {a.kernel!r}"
+            f"only {[x.name for x in loops]} loop over matrix instructions, no kernel like "
+            f"{a.kernel!r}"
         )
     with open(a.out, "w") as f:
         f.write(
