@@ -1,14 +1,15 @@
-"""GPT-OSS inference: OpenAI's open-weight mixture-of-experts models with a paged KV cache, in one sitting.
+"""GPT-OSS inference: OpenAI's open-weight mixture-of-experts models with a paged KV cache.
 
     python gptoss.py --prompt "What is 17 + 25?"
 
-The model card is https://arxiv.org/abs/2508.10925, the semantics are those of https://github.com/openai/gpt-oss
-(gpt_oss/torch/model.py); YaRN is https://arxiv.org/abs/2309.00071, the chat format
-https://github.com/openai/harmony. Shape letters:
+The model card is https://arxiv.org/abs/2508.10925, the semantics are those of
+https://github.com/openai/gpt-oss (gpt_oss/torch/model.py); YaRN is https://arxiv.org/abs/2309.00071,
+the chat format https://github.com/openai/harmony. Shape letters:
 
     T  tokens of a step, flat: S sequences of Q tokens each (prefill: S = 1; decode: Q = 1)
-    H  hidden size        I  intermediate size     E  experts        V  vocabulary
-    N  query heads        G  key/value heads       D  head dim       L  keys a query may see
+    H  hidden size        I  intermediate size     E  experts        k  experts of a token
+    N  query heads        G  key/value heads       D  head dim       V  vocabulary
+    C  tokens that a block table has room for      M  query heads that share a key head: N / G
 """
 
 import argparse
@@ -16,19 +17,21 @@ import codecs
 import collections
 import contextlib
 import datetime
+import functools
 import importlib.util
 import math
 import os
 import random
-import resource
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import tiktoken
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import weights
 from weights import MX_GROUP, CheckpointError, Config, Experts
@@ -36,222 +39,360 @@ from weights import MX_GROUP, CheckpointError, Config, Experts
 PAGE_SIZE = 16  # tokens of a KV page
 MAX_BATCH = 64  # sequences that decode together
 PREFILL_TOKENS = 1024  # tokens of a prompt that run together
-PREFILL_SCORES = (
-    1 << 26
-)  # heads x queries x keys: fewer tokens run together where a layer's scores would be more
-DENSE_ROWS, DENSE_BYTES = (
-    64,
-    1 << 24,
-)  # (token, slot) pairs that meet all experts, if a layer's first GEMM is so small
-EXPAND_BELOW = 1 << 30  # bytes: the experts of a model this small are dequantised once, at load
+SCORES = 1 << 26  # heads x queries x keys whose attention scores are in memory together
+EXPAND_BELOW = 1 << 25  # bytes: a layer's experts that are smaller as float32 are expanded, at load
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
-SWIGLU_ALPHA = (
-    1.702  # sigmoid(1.702 x) approximates the normal distribution's CDF (the GELU paper, section 2)
-)
+SWIGLU_ALPHA = weights.ARCHITECTURE["swiglu_alpha"]
 
-# ---------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Step:
+    """What a forward pass is told beside its tokens: S sequences of Q consecutive tokens each.
+
+    A sequence has one block table for each kind of layer. Position p lies at ring index p mod C,
+    C = P * page_size: a full layer has pages for every token, so its ring never wraps; a sliding
+    layer stops at ceil(window / page_size) pages and then overwrites what has left the window."""
+
+    positions: Tensor  # int32 [S, Q]; -1 is padding, which caches nothing
+    tables: dict[str, Tensor]  # kind of layer -> int32 [S, P], pages in ring order, then page 0
+    page_size: int  # tokens
+
+
+class Ops(NamedTuple):
+    """The five operations in which devices differ. None of them sees a model or a layer, and none
+    writes to anything but the pool. EQUATIONS below are their definition."""
+
+    prepare: Callable  # (experts, activations) -> packed; once a layer, at load
+    plan: Callable  # (step, config) -> whatever `attention` needs of it; once a step
+    add_norm: Callable  # (x [T, H], y [T, H] | None, scale [H], eps) -> (x + y, its RMS norm)
+    attention: Callable  # (qkv [T, (N+2G)D], sinks, pool [slots, 2, G, D], kind, plan) -> [T, ND]
+    moe: Callable  # (x [T, H], router_weight, router_bias, packed, k, activations, limit) -> [T, H]
+    capturable: bool  # no operation waits for the device: a decode step can be a graph
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # that x may have
+
+
+# --------------------------------------------------------------------------------------------------
 # Number formats (OCP Microscaling Formats v1.0)
 
-E2M1 = torch.tensor(
-    [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
-)  # value of each fp4 code
-E8M0 = torch.ldexp(
-    torch.ones(256), torch.arange(256) - 127
-)  # value of each scale byte: 2^(s - 127)
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # of codes
+E8M0 = torch.ldexp(torch.ones(256), torch.arange(256) - 127)  # of scale bytes: 2^(s - 127)
 E8M0[255] = math.nan
 
 
-def dequantise_mxfp4(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """mxfp4 to float32, exactly. packed: uint8 [..., K/2], low nibble first; scale: uint8 E8M0 [..., K/32] ->
-    [..., K]."""
-    codes = torch.arange(256, device=packed.device)
-    pairs = E2M1.to(packed.device)[torch.stack([codes & 15, codes >> 4], dim=1)]  # [256, 2]
-    values = F.embedding(packed.int(), pairs).view(
-        *scale.shape, MX_GROUP
-    )  # [..., K/2, 2] -> [..., K/32, 32]
-    return (values * F.embedding(scale.int(), E8M0.to(packed.device)[:, None])).flatten(-2)
+def dequantise_mxfp4(packed: Tensor, scale: Tensor) -> Tensor:
+    """mxfp4 to float32, exactly. packed: uint8 [..., K/2], low nibble first; scale: uint8 E8M0
+    [..., K/32] -> [..., K]."""
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1)  # [..., K/2, 2]
+    values = E2M1.to(packed.device)[codes.int()].view(*scale.shape, MX_GROUP)  # [..., K/32, 32]
+    return (values * E8M0.to(packed.device)[scale.int()][..., None]).flatten(-2)
 
 
-def quantise_mx(x: torch.Tensor, activations: str) -> torch.Tensor:
-    """x [..., K] float32 rounded to mxfp8 (e4m3) or mxfp4 (e2m1), as float32 again. Per group of 32 the scale is
-    2^(floor(log2(max |x|)) - emax), OCP MX v1.0 section 6.3; elements round to nearest even and saturate."""
+def quantise_mx(x: Tensor, activations: str) -> Tensor:
+    """x [..., K] float32 rounded to mxfp8 (e4m3) or mxfp4 (e2m1), as float32 again. Per group of 32
+    the scale is 2^(floor(log2(max |x|)) - emax), OCP MX v1.0 section 6.3; elements round to nearest
+    even and saturate."""
     largest_exponent, largest = (8, 448.0) if activations == "mxfp8" else (2, 6.0)
     groups = x.unflatten(-1, (-1, MX_GROUP))  # [..., K/32, 32]
     bits = groups.abs().amax(-1, keepdim=True).view(torch.int32)
-    exponent = ((bits >> 23) - 127 - largest_exponent).clamp(
-        -127, 127
-    )  # float32's own exponent field is the floor
+    # float32's own exponent field is the floor of the logarithm
+    exponent = ((bits >> 23) - 127 - largest_exponent).clamp(-127, 127)
     scaled = torch.ldexp(groups, -exponent).clamp(-largest, largest)
-    rounded = (
-        scaled.to(torch.float8_e4m3fn).float() if activations == "mxfp8" else round_e2m1(scaled)
-    )
+    rounded = scaled.to(torch.float8_e4m3fn).float() if largest == 448 else round_e2m1(scaled)
     return torch.ldexp(rounded, exponent).flatten(-2)
 
 
-def round_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """float32 in [-6, 6] to the nearest e2m1 value, ties to even: steps of 0.5 below 2, 1 below 4, 2 above."""
+def round_e2m1(x: Tensor) -> Tensor:
+    """float32 in [-6, 6] to the nearest e2m1 value, ties to even: steps of 0.5 below 2, 1 below 4,
+    2 above."""
     step = torch.where(x.abs() < 2, 0.5, torch.where(x.abs() < 4, 1.0, 2.0))
     return torch.round(x / step) * step
 
 
-def quantise_fp8(x: torch.Tensor, scale: float) -> torch.Tensor:
+def quantise_fp8(x: Tensor, scale: float) -> Tensor:
     """x rounded to multiples e4m3 x scale, clamped to +-448 x scale; float32."""
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Mixture of experts
+# --------------------------------------------------------------------------------------------------
+# The equations: norm and attention
 
 
-def moe_reference(
-    x,
-    router_weight,
-    router_bias,
-    experts: Experts,
-    top_k: int,
-    activations: str = "bf16",
-    swiglu_limit: float = 7.0,
-) -> torch.Tensor:
-    """The MoE layer as equations: the path of every device without its own kernels, and the kernels' oracle.
+def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [T, H] plus y, and the RMS norm of the sum, which is computed in float32."""
+    x = x if y is None else x + y
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # [T, 1]
+    return x, (wide * inverse * scale).to(x.dtype)
 
-    x [T, H]; router_weight [E, H], router_bias [E] -> [T, H] in x's dtype; float32 in between. `activations` is what
-    the two expert GEMMs see: "bf16" x and the SwiGLU's result in x's dtype, the others these rounded: "fp8" (with the
-    static scales in `experts`), "mxfp8", "mxfp4". Raises ValueError for any other, and for fp8 without scales."""
-    if activations not in ACTIVATIONS:
-        raise ValueError(f"activations={activations!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if activations == "fp8" and experts.gate_up_input_scale is None:
-        raise ValueError(
-            "activations='fp8' needs the static input scales of a Quark checkpoint; use mxfp8"
-        )
 
-    # router: the top_k largest logits of each token, the smaller expert id first where they tie
-    logits = F.linear(x.float(), router_weight.float(), router_bias.float())  # [T, E]
-    logits, chosen = logits.sort(dim=-1, descending=True, stable=True)
-    gate_weight, chosen = logits[:, :top_k].softmax(-1), chosen[:, :top_k]  # [T, k]
-    x_in = as_seen(x, activations, experts.gate_up_input_scale)
-    if experts.gate_up_weight.dtype == torch.float32 and dense_is_cheaper(
-        len(x), top_k, experts.gate_up_weight
-    ):
-        return moe_dense(x, x_in, gate_weight, chosen, experts, activations, swiglu_limit)
-    expert, order = chosen.flatten().sort(stable=True)  # rows: the (token, slot) pairs, by expert
-    runs = list(
-        collections.Counter(expert.tolist()).items()
-    )  # (expert, how many rows), as they lie
-
-    # dispatch: gather the rows, first GEMM, SwiGLU
-    x_in = F.embedding(order // top_k, x_in)  # [T*k, H]
-    h = expert_linear(
-        x_in, runs, experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias
+@functools.cache
+def rope(config: Config, device: torch.device) -> tuple[Tensor, float]:
+    """Radians a token of each pair of a head's elements, [D/2], and what multiplies cos and sin.
+    YaRN (sections 3.2 to 3.4, bounds not truncated): pairs that turn often within the initial
+    context keep their frequency, slow ones are interpolated."""
+    D, base, context = config.head_dim, config.rope_theta, config.initial_context_length
+    frequency = base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)  # [D/2]
+    low, high = (
+        D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
+        for turns in (config.rope_beta_fast, config.rope_beta_slow)
     )
-    h = swiglu(h, swiglu_limit)  # [T*k, 2I] -> [T*k, I]
-
-    # combine: second GEMM, back to the order of the tokens, weighted sum over the k slots
-    h = as_seen(
-        h.to(x.dtype) if activations == "bf16" else h, activations, experts.down_input_scale
-    )
-    y = expert_linear(h, runs, experts.down_weight, experts.down_scale, experts.down_bias)
-    y = (
-        torch.empty_like(y).index_copy_(0, order, y).view(*gate_weight.shape, -1)
-    )  # [T*k, H] -> [T, k, H]
-    return (y * gate_weight[..., None]).sum(1).to(x.dtype)
+    low, high = max(low, 0), min(high, D - 1)
+    slow = (torch.arange(D // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    slow = slow.clamp(0, 1)
+    frequency = frequency / config.rope_factor * slow + frequency * (1 - slow)
+    return frequency.to(device), 0.1 * math.log(config.rope_factor) + 1
 
 
-def moe_dense(
-    x, x_in, gate_weight, chosen, experts: Experts, activations: str, swiglu_limit: float
-) -> torch.Tensor:
-    """The same for few tokens of a small model, whose experts are in cache and mostly chosen anyway: all experts
-    compute all tokens, two batched GEMMs, and the gate weight of an expert that was not chosen is 0."""
-    gate = torch.zeros(len(x), len(experts.down_bias), device=x.device).scatter_(
-        1, chosen, gate_weight
-    )  # [T, E]
-    h = torch.baddbmm(
-        experts.gate_up_bias[:, None],
-        x_in.expand(gate.shape[1], *x.shape),
-        experts.gate_up_weight.mT,
-    )
-    h = swiglu(h, swiglu_limit)  # [E, T, 2I] -> [E, T, I]
-    h = as_seen(
-        h.to(x.dtype) if activations == "bf16" else h, activations, experts.down_input_scale
-    )
-    y = torch.baddbmm(experts.down_bias[:, None], h, experts.down_weight.mT)  # [E, T, H]
-    return (y * gate.T[..., None]).sum(0).to(x.dtype)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of heads x [S, Q, heads, D]: a pair is (i, i + D/2)."""
+    a, b = x.chunk(2, dim=-1)  # [S, Q, heads, D/2] each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def dense_is_cheaper(tokens: int, top_k: int, weight: torch.Tensor) -> bool:
-    return (
-        len(weight) <= tokens * top_k <= DENSE_ROWS
-        and weight.numel() * weight.itemsize <= DENSE_BYTES
-    )
+class Span(NamedTuple):
+    """Which keys the layers of one kind see in a step."""
+
+    past: Tensor  # int [S * C], pool slots of the cached tokens, each sequence's in ring order
+    hidden: Tensor  # bool [S, 1, 1, Q, C + Q + 1], keys that the query does not see; last, the sink
+    kept: Tensor  # int [kept], which of the T new tokens stay cached
+    write: Tensor  # int [kept], their pool slots
 
 
-def swiglu(h: torch.Tensor, limit: float) -> torch.Tensor:
-    """[..., 2I], gate and up interleaved -> [..., I]: gate sigmoid(1.702 gate) (up + 1), both clamped before."""
-    gate, up = h[..., 0::2].clamp(max=limit), h[..., 1::2].clamp(-limit, limit)
-    return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+class Plan(NamedTuple):
+    """What all layers of a step share."""
+
+    cos: Tensor  # float32 [S, Q, 1, D/2]
+    sin: Tensor
+    spans: dict[str, Span]  # by kind of layer
 
 
-def as_seen(x: torch.Tensor, activations: str, static_scale: float | None) -> torch.Tensor:
-    """x as an expert GEMM sees it, in float32: itself, or rounded to a format."""
-    if activations == "bf16":
-        return x.float()
-    return (
-        quantise_fp8(x.float(), static_scale)
-        if activations == "fp8"
-        else quantise_mx(x.float(), activations)
-    )
+def plan(step: Step, config: Config) -> Plan:
+    """Angles, and for each kind of layer who sees whom."""
+    positions, device = step.positions.long(), step.positions.device
+    frequency, factor = rope(config, device)
+    angles = positions[:, :, None, None] * frequency  # [S, Q, 1, D/2]
+    queries, newest = positions[:, :, None], positions[:, :1] - 1  # [S, Q, 1], [S, 1]: cached
+    offsets, spans = torch.arange(step.page_size, device=device), {}
+    for kind, table in step.tables.items():
+        slots = (table[:, :, None] * step.page_size + offsets).flatten(1)  # [S, C]
+        C = slots.shape[1]
+        # The position of the newest token at each ring index; negative: there is none.
+        cached = newest - (newest - torch.arange(C, device=device)) % C  # [S, C]
+        keys = torch.cat([cached, positions], dim=1)[:, None]  # [S, 1, C + Q]
+        hidden = (keys < 0) | (keys > queries)  # [S, Q, C + Q]
+        if kind == "sliding_attention":
+            hidden |= keys <= queries - config.sliding_window
+        hidden = F.pad(hidden, (0, 1))[:, None, None]  # [S, 1, 1, Q, C + Q + 1]
+        # Of more than C new tokens the last C stay.
+        leaving = (positions.amax(1, keepdim=True) - C).clamp(min=-1)  # [S, 1]
+        kept = (positions > leaving).flatten().nonzero()[:, 0]
+        write = slots.gather(1, positions % C).flatten()[kept]
+        spans[kind] = Span(slots.flatten(), hidden, kept, write)
+    return Plan(angles.cos() * factor, angles.sin() * factor, spans)
 
 
-def expert_linear(x, runs, weight, scale, bias) -> torch.Tensor:
-    """x @ weight[e].T + bias[e], for the rows of x [R, in] that belong to expert e: runs [(e, rows)], consecutive. An
-    expert is converted to float32 where rows use it and forgotten after. -> float32 [R, out]."""
-    outputs = []
-    for (e, _), rows in zip(runs, x.split([n for _, n in runs]), strict=True):
-        w = weight[e].float() if scale is None else dequantise_mxfp4(weight[e], scale[e])
-        outputs.append(F.linear(rows, w, bias[e].float()))
-    return torch.cat(outputs)
+def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -> Tensor:
+    """Rotates queries and keys, attends to the cached tokens and the step's own, and caches these.
+    qkv [T, (N + 2G) D]; sinks [N]; pool [slots, 2, G, D], keys and values -> [T, N D].
+
+    The past is read before anything is written, because a chunk of a prompt may overwrite, in a
+    sliding layer's ring, what its own first queries see."""
+    (S, Q), N, (G, D) = plan.cos.shape[:2], len(sinks), pool.shape[2:]
+    span = plan.spans[kind]
+    qk, v = qkv.view(S, Q, N + 2 * G, D).split([N + G, G], dim=2)
+    q, k = rotate(qk, plan.cos, plan.sin).split([N, G], dim=2)
+    new = torch.stack([k, v], dim=2)  # [S, Q, 2, G, D]
+    past = pool.index_select(0, span.past).view(S, -1, 2, G, D)  # [S, C, 2, G, D]
+    rows = max(1, SCORES // (S * N * span.hidden.shape[-1]))  # queries at once, bounds the memory
+    parts = zip(q.split(rows, dim=1), span.hidden.split(rows, dim=3), strict=True)
+    out = [attend(q, past, new, sinks, hidden) for q, hidden in parts]
+    pool.index_copy_(0, span.write, new.flatten(0, 1).index_select(0, span.kept))
+    return torch.cat(out, dim=1).view(S * Q, N * D)
 
 
-def expand_experts(experts: Experts) -> Experts:
-    """The same experts in float32; in memory [E, in, out], as a CPU's GEMM of few rows likes."""
+def attend(q: Tensor, past: Tensor, new: Tensor, sinks: Tensor, hidden: Tensor) -> Tensor:
+    """Softmax attention in which M = N / G query heads share a key head. A head's sink is one more
+    logit of its softmax that stands for no value. q [S, Q, N, D]; keys and values past
+    [S, C, 2, G, D] and new [S, Q', 2, G, D]; hidden as in Span -> [S, Q, N, D]."""
+    (S, Q, N, D), G, C = q.shape, new.shape[3], past.shape[1]
+    q = q.view(S, Q, G, N // G, D).permute(0, 2, 3, 1, 4).reshape(S, G, -1, D)  # [S, G, M*Q, D]
+    past_k, past_v = past.permute(2, 0, 3, 1, 4).contiguous()  # [S, G, C, D] each
+    new_k, new_v = new.permute(2, 0, 3, 1, 4).contiguous()  # [S, G, Q', D] each
+    sink = sinks.view(G, -1, 1).expand(S, G, -1, Q).reshape(S, G, -1, 1)  # [S, G, M*Q, 1]
+    q = q * D**-0.5
+    logits = torch.cat([q @ past_k.mT, q @ new_k.mT, sink], dim=-1).float()
+    logits = logits.view(S, G, N // G, Q, -1).masked_fill(hidden, -math.inf)
+    share = logits.softmax(-1).to(q.dtype).flatten(2, 3)  # [S, G, M*Q, C + Q' + 1]
+    out = share[..., :C] @ past_v + share[..., C:-1] @ new_v  # [S, G, M*Q, D]
+    return out.view(S, G, -1, Q, D).permute(0, 3, 1, 2, 4).reshape(S, Q, N, D)
+
+
+# --------------------------------------------------------------------------------------------------
+# The equations: mixture of experts
+
+
+def prepare(experts: Experts, activations: str) -> Experts:
+    """The experts of a layer as the equations multiply them: as they are stored, or, if they are
+    small, in float32 once and for all, which makes a step of such a model twice as fast. Raises
+    ValueError for unknown activations, and for fp8 without static scales."""
+    check_activations(experts, activations)
+    values = experts.gate_up_bias.numel() * experts.down_bias.shape[1] * 3 // 2  # E 2I H + E H I
+    if 4 * values > EXPAND_BELOW:
+        return experts
 
     def expand(weight, scale):
         full = weight.float() if scale is None else dequantise_mxfp4(weight, scale)
-        return full.mT.contiguous().mT
+        return full.mT.contiguous().mT  # stored [E, in, out], which a GEMM of few rows reads faster
 
     return replace(
         experts,
         gate_up_weight=expand(experts.gate_up_weight, experts.gate_up_scale),
         gate_up_scale=None,
+        gate_up_bias=experts.gate_up_bias.float(),
         down_weight=expand(experts.down_weight, experts.down_scale),
         down_scale=None,
-        gate_up_bias=experts.gate_up_bias.float(),
         down_bias=experts.down_bias.float(),
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def check_activations(experts: Experts, activations: str) -> None:
+    if activations not in ACTIVATIONS:
+        expected = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activations={activations!r}, expected one of {expected}")
+    if activations == "fp8" and experts.gate_up_input_scale is None:
+        raise ValueError(
+            "activations='fp8' need the static input scales of a Quark checkpoint; use mxfp8"
+        )
+
+
+def moe_reference(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor,
+    experts: Experts,
+    top_k: int,
+    activations: str = "bf16",
+    swiglu_limit: float = 7.0,
+) -> Tensor:
+    """The MoE layer as equations, in three stages, each of which is the oracle of a kernel's stage.
+
+    x [T, H]; router_weight [E, H], router_bias [E] -> [T, H] in x's dtype; float32 in between.
+    `activations` is what the two expert GEMMs see: "bf16" x and the SwiGLU's result in x's dtype,
+    the others these rounded: "fp8" (with the static scales in `experts`), "mxfp8", "mxfp4". Raises
+    ValueError for any other, and for fp8 without scales."""
+    check_activations(experts, activations)
+    chosen, gates = gating(x, router_weight, router_bias, top_k)
+    h = dispatch_swiglu(x, chosen, experts, activations, swiglu_limit)
+    return combine(h, chosen, gates, experts).to(x.dtype)
+
+
+def gating(
+    x: Tensor, router_weight: Tensor, router_bias: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """The experts of each token, int64 [T, k]: the largest router logits, the smaller id first
+    where they tie; and their gate weights, float32 [T, k]: a softmax over these logits alone."""
+    logits = F.linear(x.float(), router_weight.float(), router_bias.float())  # [T, E]
+    logits, expert = logits.sort(dim=-1, descending=True, stable=True)
+    return expert[:, :top_k], logits[:, :top_k].softmax(-1)
+
+
+def dispatch_swiglu(
+    x: Tensor, chosen: Tensor, experts: Experts, activations: str, swiglu_limit: float
+) -> Tensor:
+    """x [T, H] through the first GEMM of its experts and SwiGLU: gate sigmoid(1.702 gate) (up + 1),
+    both clamped before. -> [T, k, I] float32, as the second GEMM sees it."""
+    seen = as_seen(x.float(), x.dtype, activations, experts.gate_up_input_scale)
+    seen = seen[:, None].expand(-1, chosen.shape[1], -1)  # [T, k, H]
+    h = expert_linear(
+        seen, chosen, experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias
+    )
+    gate, up = h[..., 0::2].clamp(max=swiglu_limit), h[..., 1::2].clamp(-swiglu_limit, swiglu_limit)
+    h = gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)  # [T, k, 2I] -> [T, k, I]
+    return as_seen(h, x.dtype, activations, experts.down_input_scale)
+
+
+def combine(h: Tensor, chosen: Tensor, gates: Tensor, experts: Experts) -> Tensor:
+    """h [T, k, I] from `dispatch_swiglu` through the second GEMM of its experts, and the sum over k
+    weighted by the gates. -> float32 [T, H]."""
+    y = expert_linear(h, chosen, experts.down_weight, experts.down_scale, experts.down_bias)
+    return (y * gates[..., None]).sum(1)  # [T, k, H] -> [T, H]
+
+
+def as_seen(x: Tensor, dtype: torch.dtype, activations: str, scale: float | None) -> Tensor:
+    """float32 x as an expert GEMM sees it: rounded to the model's dtype or to a format; float32."""
+    if activations == "bf16":
+        return x.to(dtype).float()
+    return quantise_fp8(x, scale) if activations == "fp8" else quantise_mx(x, activations)
+
+
+def expert_linear(x: Tensor, chosen: Tensor, weight: Tensor, scale, bias: Tensor) -> Tensor:
+    """x [T, k, in] times the weight of the expert in chosen [T, k], plus its bias. An expert is
+    converted to float32 where rows use it and forgotten after. -> float32 [T, k, out]."""
+    expert, order = chosen.flatten().sort(stable=True)  # rows: (token, slot) pairs, by expert
+    counts = collections.Counter(expert.tolist())
+    outputs = []
+    rows_of = x.flatten(0, 1).index_select(0, order).split([*counts.values()])
+    for e, rows in zip(counts, rows_of, strict=True):
+        w = weight[e].float() if scale is None else dequantise_mxfp4(weight[e], scale[e])
+        outputs.append(rows @ w.mT)  # [rows of e, out]
+    y = torch.cat(outputs) + bias.index_select(0, expert).float()
+    return torch.empty_like(y).index_copy_(0, order, y).view(*chosen.shape, -1)  # [T, k, out]
+
+
+EQUATIONS = Ops(prepare, plan, add_norm, attention, moe_reference, capturable=False)
+
+
+def choose_ops(name: str, device: torch.device) -> Ops:
+    """The operations called `name`: "torch", the equations; "gluon", the gfx950 kernels of the MoE
+    layer and the equations for the rest; "auto", gluon where a gfx950, real or emulated, is
+    Triton's active device and `device` belongs to it, else torch. Raises ValueError for another
+    name, and for what cannot run here."""
+    if name not in ("auto", "torch", "gluon"):
+        raise ValueError(f"ops={name!r}, expected auto, torch or gluon")
+    if name == "torch" or not on_gfx950(device):
+        if name == "gluon":
+            raise ValueError(
+                "ops='gluon' needs Triton with an active gfx950 (MI350, MI355 or emulated) that "
+                f"owns device {device}; use ops='torch'"
+            )
+        return EQUATIONS
+    import moe_gluon
+
+    return EQUATIONS._replace(
+        prepare=moe_gluon.prepare, moe=moe_gluon.moe, dtypes=(torch.bfloat16,)
+    )
+
+
+def on_gfx950(device: torch.device) -> bool:
+    """Whether Triton is installed and its active driver is a gfx950 to which `device` belongs."""
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("moe_gluon") is None:
+        return False
+    import triton
+
+    import moe_gluon
+
+    if not moe_gluon.is_supported():
+        return False
+    # A driver that does not say where its tensors live is an emulator's.
+    owner = getattr(triton.runtime.driver.active, "get_active_torch_device", None)
+    return device.type == (owner().type if owner else "cpu")
+
+
+# --------------------------------------------------------------------------------------------------
 # Paged KV cache
 
 
 class KVCache:
-    """Keys and values in one pool of pages. A page holds `page_size` tokens, for every layer of one kind: layer i of
-    the full-attention layers and layer i of the sliding ones use the same memory of different pages.
+    """Keys and values in one pool of pages. A page holds `page_size` tokens, for every layer of one
+    kind: layer i of the full-attention layers and layer i of the sliding ones use the same memory
+    of different pages."""
 
-    A sequence has a block table per kind. Position p lies at ring index p mod C, C = pages * page_size: a full layer
-    has pages for every token, so its ring never wraps; a sliding one stops at ceil(window / page_size) pages and then
-    overwrites what has left the window."""
-
-    def __init__(self, config: Config, num_pages: int, page_size: int, device, dtype):
+    def __init__(self, config: Config, num_pages: int, page_size: int, device, dtype: torch.dtype):
         self.config, self.page_size, self.num_pages, self.peak = config, page_size, num_pages, 0
-        self.free = list(range(num_pages, 0, -1))  # page 0 is not given out: it stays zero
+        self.free = list(range(num_pages, 0, -1))  # page 0 is not given out: tables end with it
         depth = max(config.layer_types.count(kind) for kind in config.layer_types)
-        self.pool = torch.zeros(
-            depth,
-            (1 + num_pages) * page_size,
-            2 * config.num_key_value_heads * config.head_dim,
-            device=device,
-            dtype=dtype,
-        )  # a slot holds the keys, then the values, of its token
+        shape = ((1 + num_pages) * page_size, 2, config.num_key_value_heads, config.head_dim)
+        self.pool = torch.zeros(depth, *shape, device=device, dtype=dtype)
 
     def allocate(self, length: int) -> dict[str, list[int]]:
         """Block tables, by kind, for a sequence that may grow to `length` tokens."""
@@ -264,18 +405,15 @@ class KVCache:
         for table in tables.values():
             self.free.extend(table)
 
-    def slots(self, tables: list[dict[str, list[int]]], length: int) -> dict[str, torch.Tensor]:
-        """Block tables, cut to what `length` tokens use, as pool slots: kind -> [S, 1 + C], slot 0 and then the slots
-        in ring order. A shorter table is filled up with page 0."""
-        size, device, slots = self.page_size, self.pool.device, {}
-        for kind, width in pages_needed(self.config, length, size).items():
-            pages = torch.tensor(
-                [(table[kind] + [0] * width)[:width] for table in tables], device=device
-            )
-            slots[kind] = F.pad(
-                (pages[..., None] * size + torch.arange(size, device=device)).flatten(1), (1, 0)
-            )
-        return slots
+    def step(self, positions: list[list[int]], tables: list[dict[str, list[int]]]) -> Step:
+        """The step of sequences at these positions. Tables are cut to the pages that the longest
+        sequence uses, and shorter ones filled up with page 0."""
+        longest = 1 + max(row[-1] for row in positions)
+        device, cut = self.pool.device, {}
+        for kind, width in pages_needed(self.config, longest, self.page_size).items():
+            pages = [(table[kind] + [0] * width)[:width] for table in tables]
+            cut[kind] = torch.tensor(pages, dtype=torch.int32, device=device)
+        return Step(torch.tensor(positions, dtype=torch.int32, device=device), cut, self.page_size)
 
 
 def pages_needed(config: Config, length: int, page_size: int) -> dict[str, int]:
@@ -287,30 +425,7 @@ def pages_needed(config: Config, length: int, page_size: int) -> dict[str, int]:
     }
 
 
-@dataclass
-class Span:
-    """What one kind of layers sees in a step."""
-
-    read: (
-        torch.Tensor
-    )  # [S, 1 + C] pool slots: the zeros of slot 0, then the cached tokens in ring order
-    write: torch.Tensor  # [S, min(Q, C)] pool slots of the new tokens that stay cached: the last C
-    mask: (
-        torch.Tensor
-    )  # [S, G, M, Q, L] room for the sinks, then 0 where the query sees the key, else -inf
-
-
-@dataclass
-class Step:
-    """The explicit inputs of a forward pass beside its tokens; of fixed shapes if the slots' are."""
-
-    pool: torch.Tensor  # of the KV cache, which the pass writes
-    cos: torch.Tensor  # [S, Q, N + 2G, D]
-    sin: torch.Tensor  # [S, Q, N + 2G, D], negated in the first half
-    spans: dict[str, Span]  # by kind of layer
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Model
 
 
@@ -318,253 +433,106 @@ class Step:
 class Layer:
     kind: str  # "sliding_attention" | "full_attention"
     depth: int  # index among the layers of its kind
-    attn_norm: torch.Tensor  # [H] float32, times sqrt(H), as is mlp_norm
-    qkv_weight: torch.Tensor  # [(N + 2G) D, H]
-    qkv_bias: torch.Tensor
-    sinks: torch.Tensor  # [N]
-    out_weight: torch.Tensor  # [H, N D]
-    out_bias: torch.Tensor
-    mlp_norm: torch.Tensor
-    router_weight: torch.Tensor  # [E, H]
-    router_bias: torch.Tensor
-    experts: Experts
-
-
-def rope_tables(config: Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Radians per token, and what multiplies their cos and sin, for every element of a token's queries, keys and
-    values: [N + 2G, D] each. Values do not turn: frequency 0, factor 1. YaRN (sections 3.2 to 3.4, bounds not
-    truncated): pairs that turn often within the initial context keep their frequency, slow ones are interpolated."""
-    D, base, context = config.head_dim, config.rope_theta, config.initial_context_length
-    frequency = base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)  # [D/2]
-    low, high = (
-        D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
-        for turns in (config.rope_beta_fast, config.rope_beta_slow)
-    )
-    low, high = max(low, 0), min(high, D - 1)
-    slow = ((torch.arange(D // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    frequency = frequency / config.rope_factor * slow + frequency * (1 - slow)
-    concentration = 0.1 * math.log(config.rope_factor) + 1
-    turning, G = config.num_attention_heads + config.num_key_value_heads, config.num_key_value_heads
-    sign = torch.tensor([-1.0, 1.0]).repeat_interleave(D // 2)  # of sin in rotate's two halves
-    return (
-        F.pad(torch.cat([frequency, frequency]).expand(turning, D), (0, 0, 0, G)),
-        F.pad(torch.full((turning, D), concentration), (0, 0, 0, G), value=1.0),
-        concentration * sign,
-    )
-
-
-def rotate(x: torch.Tensor, step: Step) -> torch.Tensor:
-    """Rotary embedding of x [S, Q, N + 2G, D] on the pairs (i, i + D/2): (a, b) -> (a cos - b sin, b cos + a sin)."""
-    return torch.addcmul(x * step.cos, x.roll(x.shape[-1] // 2, -1), step.sin)
-
-
-def gluon_for(device: torch.device):
-    """The module moe_gluon, if Triton is installed and its active driver is a gfx950, real or emulated, to which
-    `device` belongs; else None."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    import triton
-
-    import moe_gluon
-
-    if not moe_gluon.is_supported():
-        return None
-    # a driver that does not say where its tensors live is an emulator's
-    owner = getattr(
-        triton.runtime.driver.active, "get_active_torch_device", lambda: torch.device("cpu")
-    )()
-    return moe_gluon if owner.type == device.type else None
+    attn_norm: Tensor  # float32 [H]
+    qkv_weight: Tensor  # [(N + 2G) D, H]
+    qkv_bias: Tensor  # [(N + 2G) D]
+    sinks: Tensor  # [N]
+    out_weight: Tensor  # [H, N D]
+    out_bias: Tensor  # [H]
+    mlp_norm: Tensor  # float32 [H]
+    router_weight: Tensor  # [E, H]
+    router_bias: Tensor  # [E]
+    packed: object  # the experts, as ops.prepare made them
 
 
 class GPTOSS:
-    """A GPT-OSS model with its weights, and the engine that generates with it."""
+    """A GPT-OSS model with its weights."""
 
     def __init__(
         self,
         checkpoint: weights.Checkpoint,
         device="cpu",
         dtype: torch.dtype | None = None,
-        moe: str = "auto",
+        ops: str = "auto",
         activations: str = "auto",
     ):
         self.config, self.layout = checkpoint.config, checkpoint.layout
         try:
             self.device = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"device={device!r} cannot be used here: {str(error).splitlines()[0]}"
-            ) from error
-        if moe not in ("auto", "torch", "gluon"):
-            raise ValueError(f"moe={moe!r}, expected auto, torch or gluon")
-        self.gluon = (
-            None if moe == "torch" else gluon_for(self.device)
-        )  # moe_gluon where it can run
-        if moe == "gluon" and not self.gluon:
-            raise ValueError(
-                f"moe='gluon' needs Triton with an active gfx950 (MI350, MI355 or emulated) that owns "
-                f"device {self.device}; use moe='torch'"
-            )
-        self.dtype = dtype or (
-            torch.float32 if self.device.type == "cpu" and not self.gluon else torch.bfloat16
-        )
-        if self.gluon and self.dtype != torch.bfloat16:
-            raise ValueError(f"moe='gluon' computes in bfloat16, not in {self.dtype}")
-        if activations not in ("auto", *ACTIVATIONS):
-            raise ValueError(
-                f"activations={activations!r}, expected auto or one of {', '.join(ACTIVATIONS)}"
-            )
-        if activations == "fp8" and self.layout != "quark":
-            raise ValueError(
-                f"activations='fp8' needs the static input scales of a Quark checkpoint, this one is "
-                f"{self.layout}; use mxfp8"
-            )
-        if (
-            activations == "auto"
-        ):  # the kernels multiply mxfp4 weights with 8-bit activations at least
-            packed = "mxfp8" if self.gluon else "bf16"
-            activations = {"quark": "fp8", "hf-bf16": "bf16"}.get(self.layout, packed)
-        self.activations = activations
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device={device!r} cannot be used here: {reason}") from error
+        self.ops = choose_ops(ops, self.device)
+        on_cpu = self.device.type == "cpu" and torch.float32 in self.ops.dtypes
+        self.dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
+        if self.dtype not in self.ops.dtypes:
+            raise ValueError(f"dtype={self.dtype}, these ops compute in {self.ops.dtypes}")
+        self.activations = choose_activations(activations, checkpoint.experts[0], self.ops)
+        self.stop_tokens = frozenset(self.config.eos_token_id)
         self.load(checkpoint)
-        self.frequencies, self.cos_scale, self.sin_scale = (
-            t.to(self.device) for t in rope_tables(self.config)
-        )
-        self.root_eps = torch.tensor(
-            self.config.hidden_size * self.config.rms_norm_eps, device=self.device
-        ).sqrt()
-        self.cache: KVCache | None = None  # of the latest generation
 
     @classmethod
     def from_pretrained(
-        cls, path, device="cpu", dtype=None, moe="auto", activations="auto"
+        cls, path, device="cpu", dtype=None, ops="auto", activations="auto"
     ) -> "GPTOSS":
-        """Loads the checkpoint folder `path`. dtype None: bfloat16, but float32 on the torch path of a CPU. moe "auto":
-        "gluon" where a gfx950 is Triton's active device, else "torch". activations "auto": "fp8" for Quark's layout;
-        else "mxfp8" where the kernels meet mxfp4 weights, "bf16" otherwise. Raises weights.CheckpointError for a bad
-        checkpoint, ValueError for a bad argument."""
-        return cls(weights.load(path), device, dtype, moe, activations)
+        """Loads the checkpoint folder `path`. dtype None: bfloat16, but float32 where the equations
+        run on a CPU. ops: see `choose_ops`. activations "auto": what the checkpoint was made for,
+        "fp8" for Quark's layout and else "bf16", or "mxfp8" where the ops do not multiply these.
+        Raises weights.CheckpointError for a bad checkpoint, ValueError for a bad argument."""
+        return cls(weights.load(path), device, dtype, ops, activations)
 
     def load(self, checkpoint: weights.Checkpoint) -> None:
-        """Moves the weights to the device, a layer at a time. Experts are packed anew for the kernels; for the torch
-        path they stay as they are, unless all of them are small."""
+        """Moves the weights to the device, a layer at a time."""
         c, dense = self.config, checkpoint.dense
-        expanded = (
-            3 * c.num_hidden_layers * c.num_local_experts * c.hidden_size * c.intermediate_size
-        )
-        expand = 4 * expanded <= EXPAND_BELOW
-        self.embedding, self.unembedding = (
-            dense[n].to(self.device, self.dtype) for n in ("embedding", "unembedding")
-        )
-        self.norm = dense["norm"].to(self.device, torch.float32) * c.hidden_size**0.5
+
+        def moved(name: str, dtype=self.dtype) -> Tensor:
+            return dense[name].to(self.device, dtype)
+
+        self.embedding, self.unembedding = moved("embedding"), moved("unembedding")
+        self.norm = moved("norm", torch.float32)
         self.layers = []
         for n in weights.progress(range(c.num_hidden_layers), f"to {self.device}"):
-            named = {f.name: dense[f"{n}.{f.name}"] for f in fields(Layer)[2:-1]}
-            named = {
-                k: t.to(self.device, torch.float32) * c.hidden_size**0.5
-                if "norm" in k
-                else t.to(self.device, self.dtype)
-                for k, t in named.items()
-            }
-            named = {
-                k: t.mT.contiguous().mT if t.dim() == 2 and expand else t for k, t in named.items()
-            }
-            experts = replace(
-                checkpoint.experts[n],
-                **{
-                    f.name: t.to(self.device)
-                    for f in fields(Experts)
-                    if isinstance(t := getattr(checkpoint.experts[n], f.name), torch.Tensor)
-                },
+            kind, experts = c.layer_types[n], checkpoint.experts[n]
+            tensors = {f.name: getattr(experts, f.name) for f in fields(Experts)}
+            experts = Experts(
+                **{k: t.to(self.device) if isinstance(t, Tensor) else t for k, t in tensors.items()}
             )
-            if self.gluon:
-                experts = self.gluon.prepare(experts, self.activations)
-            elif expand:
-                experts = expand_experts(experts)
-            kind = c.layer_types[n]
-            self.layers.append(Layer(kind, c.layer_types[:n].count(kind), **named, experts=experts))
+            self.layers.append(
+                Layer(
+                    kind=kind,
+                    depth=c.layer_types[:n].count(kind),
+                    attn_norm=moved(f"{n}.attn_norm", torch.float32),
+                    qkv_weight=moved(f"{n}.qkv_weight"),
+                    qkv_bias=moved(f"{n}.qkv_bias"),
+                    sinks=moved(f"{n}.sinks"),
+                    out_weight=moved(f"{n}.out_weight"),
+                    out_bias=moved(f"{n}.out_bias"),
+                    mlp_norm=moved(f"{n}.mlp_norm", torch.float32),
+                    router_weight=moved(f"{n}.router_weight"),
+                    router_bias=moved(f"{n}.router_bias"),
+                    packed=self.ops.prepare(experts, self.activations),
+                )
+            )
 
-    # -- forward pass -------------------------------------------------------------------------------------------
-
-    def forward(self, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        """tokens [T] -> final hidden states [T, H]."""
-        x = self.embedding[tokens]  # [T, H]
+    def forward(self, tokens: Tensor, step: Step, pool: Tensor) -> Tensor:
+        """tokens [T] at the positions of `step` -> final hidden states [T, H]. Reads and writes the
+        KV cache's pool [depth, slots, 2, G, D]."""
+        ops, c, y = self.ops, self.config, None
+        x, plan = self.embedding[tokens], ops.plan(step, c)  # [T, H]
         for layer in self.layers:
-            x = x + self.attention(self.rms_norm(x, layer.attn_norm), layer, step)
-            x = x + self.moe(self.rms_norm(x, layer.mlp_norm), layer)
-        return self.rms_norm(x, self.norm)
-
-    def rms_norm(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """In float32. sqrt(H) sqrt(mean(x^2) + eps) is the hypotenuse of |x| and sqrt(H eps): few, cheap operations.
-        `scale` [H] has its factor sqrt(H) already."""
-        y = x.float()
-        length = torch.hypot(torch.linalg.vector_norm(y, dim=-1, keepdim=True), self.root_eps)
-        return (y / length * scale).to(x.dtype)
-
-    def moe(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-        moe = self.gluon.moe if self.gluon else moe_reference
-        return moe(
-            x,
-            layer.router_weight,
-            layer.router_bias,
-            layer.experts,
-            self.config.num_experts_per_tok,
-            self.activations,
-            self.config.swiglu_limit,
-        )
-
-    def attention(self, x: torch.Tensor, layer: Layer, step: Step) -> torch.Tensor:
-        """Grouped-query attention with sinks, over the cached tokens and the step's own. x [T, H] -> [T, H].
-
-        A head's sink is a logit of the softmax that stands for no value: the first of the L keys is all zeros (the
-        pool's slot 0), so that its score is what the mask adds, the sink, and its value adds nothing."""
-        c, span, pool = self.config, step.spans[layer.kind], step.pool[layer.depth]
-        N, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        S, Q = step.cos.shape[:2]
-        M = N // G  # query heads that share a key head
-        qkv = F.linear(x, layer.qkv_weight, layer.qkv_bias).view(S, Q, N + 2 * G, D)
-        qkv = rotate(qkv, step)
-        q, new = qkv[:, :, :N], qkv[:, :, N:].flatten(2)  # [S, Q, N, D], [S, Q, 2*G*D]
-        past = F.embedding(span.read, pool) if Q > 1 else None
-        pool[span.write] = new[:, -span.write.shape[1] :]
-        # a prompt's chunk may overwrite what its own first queries see: it reads the cache before, decode after
-        keys = (
-            torch.cat([past, new], dim=1) if Q > 1 else F.embedding(span.read, pool)
-        )  # [S, L, 2*G*D]
-        q = q.view(S, Q, G, M, D).permute(0, 2, 3, 1, 4).reshape(S, G, M * Q, D)
-        k, v = keys.view(S, -1, 2, G, D).permute(2, 0, 3, 1, 4)  # [S, G, L, D] each
-        span.mask[..., 0] = layer.sinks.view(G, M, 1)
-        mask = span.mask.view(S, G, M * Q, -1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [S, G, M*Q, D]
-        out = out.view(S, G, M, Q, D).permute(0, 3, 1, 2, 4).reshape(S * Q, N * D)
-        return F.linear(out, layer.out_weight, layer.out_bias)
-
-    def step(self, cache: KVCache, positions: torch.Tensor, slots: dict[str, torch.Tensor]) -> Step:
-        """positions [S, Q], consecutive in a row; slots: kind -> [S, 1 + C], from the cache."""
-        c, (S, Q) = self.config, positions.shape
-        G = c.num_key_value_heads
-        angles = positions[..., None, None] * self.frequencies  # [S, Q, N + 2G, D]
-        spans = {}
-        for kind, read in slots.items():
-            C = read.shape[1] - 1
-            # the newest token that lies at each ring index when the layer reads it; negative: none does
-            newest = positions[:, :1] - int(Q > 1)
-            keys = newest - (newest - torch.arange(C, device=self.device)) % C  # [S, C]
-            keys = (torch.cat([keys, positions], 1) if Q > 1 else keys)[:, None]  # [S, 1, L - 1]
-            distance = positions[:, :, None] - keys  # [S, Q, L - 1]
-            window = c.sliding_window if kind == "sliding_attention" else c.max_position_embeddings
-            hidden = (distance < 0) | (distance >= window) | (keys < 0)
-            mask = angles.new_zeros(
-                S, G, c.num_attention_heads // G, Q, 1 + keys.shape[-1], dtype=self.dtype
-            )
-            mask[..., 1:].masked_fill_(hidden[:, None, None], -math.inf)
-            spans[kind] = Span(read, read.gather(1, positions[:, -C:] % C + 1), mask)
-        cos, sin = angles.cos() * self.cos_scale, angles.sin() * self.sin_scale
-        return Step(cache.pool, cos.to(self.dtype), sin.to(self.dtype), spans)
-
-    # -- engine -------------------------------------------------------------------------------------------------
+            x, h = ops.add_norm(x, y, layer.attn_norm, c.rms_norm_eps)
+            qkv = F.linear(h, layer.qkv_weight, layer.qkv_bias)  # [T, (N + 2G) D]
+            a = ops.attention(qkv, layer.sinks, pool[layer.depth], layer.kind, plan)  # [T, N D]
+            y = F.linear(a, layer.out_weight, layer.out_bias)
+            x, h = ops.add_norm(x, y, layer.mlp_norm, c.rms_norm_eps)
+            router, top_k = (layer.router_weight, layer.router_bias), c.num_experts_per_tok
+            y = ops.moe(h, *router, layer.packed, top_k, self.activations, c.swiglu_limit)
+        return ops.add_norm(x, y, self.norm, c.rms_norm_eps)[1]
 
     @torch.inference_mode()
-    def logits(self, tokens: list[int]) -> torch.Tensor:
-        """Teacher-forced logits, float32 [T, V]; row t predicts token t + 1. Raises ValueError for a bad prompt."""
+    def logits(self, tokens: list[int]) -> Tensor:
+        """Teacher-forced logits, float32 [T, V]; row t predicts token t + 1. Raises ValueError for
+        a bad prompt."""
         self.check_prompt(0, tokens, 0)
         pages = sum(pages_needed(self.config, len(tokens), PAGE_SIZE).values())
         cache = KVCache(self.config, pages, PAGE_SIZE, self.device, self.dtype)
@@ -573,28 +541,42 @@ class GPTOSS:
 
     def prefill(
         self, cache: KVCache, tokens: list[int], tables: dict[str, list[int]]
-    ) -> Iterator[torch.Tensor]:
-        """Runs a prompt through the model in chunks whose score matrix stays bounded; yields hidden states [Q, H]."""
-        start = 0
-        while start < len(tokens):
-            seen = min(start + PREFILL_TOKENS, len(tokens))
-            chunk = min(
-                PREFILL_TOKENS, max(1, PREFILL_SCORES // (self.config.num_attention_heads * seen))
+    ) -> Iterator[Tensor]:
+        """Runs a prompt through the model in chunks; yields the hidden states [Q, H] of each."""
+        for start in range(0, len(tokens), PREFILL_TOKENS):
+            chunk = tokens[start : start + PREFILL_TOKENS]
+            step = cache.step([list(range(start, start + len(chunk)))], [tables])
+            yield self.forward(torch.tensor(chunk, device=self.device), step, cache.pool)
+
+    def check_prompt(self, index: int, prompt: list[int], max_new_tokens: int) -> None:
+        """Raises ValueError for a prompt that cannot run."""
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty; it needs at least one token")
+        if bad := [t for t in prompt if not 0 <= t < self.config.vocab_size]:
+            raise ValueError(
+                f"prompt {index} has token {bad[0]}, outside the vocabulary of "
+                f"{self.config.vocab_size}"
             )
-            end = min(start + chunk, len(tokens))
-            positions = torch.arange(start, end, device=self.device)[None]
-            step = self.step(cache, positions, cache.slots([tables], end))
-            yield self.forward(torch.tensor(tokens[start:end], device=self.device), step)
-            start = end
+        if len(prompt) + max_new_tokens > self.config.max_position_embeddings:
+            raise ValueError(
+                f"prompt {index} is too long: {len(prompt)} tokens and {max_new_tokens} new ones "
+                f"exceed the model's context of {self.config.max_position_embeddings}"
+            )
+
+    # -- generation --------------------------------------------------------------------------------
 
     def generate(self, prompts: list[list[int]], *args, **options) -> list[list[int]]:
-        """The new tokens of each prompt, without the stop token. Arguments and errors are those of `stream`."""
+        """The new tokens of each prompt. Arguments and errors are those of `engine`."""
         new = [[] for _ in prompts]
         for index, token in self.stream(prompts, *args, **options):
             new[index].append(token)
         return new
 
-    def stream(
+    def stream(self, prompts: list[list[int]], *args, **options) -> Iterator[tuple[int, int]]:
+        """(prompt index, new token), as they come. Arguments and errors are those of `engine`."""
+        return self.engine(prompts, *args, **options).tokens()
+
+    def engine(
         self,
         prompts: list[list[int]],
         max_new_tokens: int,
@@ -606,173 +588,202 @@ class GPTOSS:
         num_pages: int | None = None,
         page_size: int = PAGE_SIZE,
         max_batch: int = MAX_BATCH,
-    ) -> Iterator[tuple[int, int]]:
-        """Generates for all prompts at once; yields (prompt index, token) as they come, stop tokens excluded.
+    ) -> "Engine":
+        """An engine with these prompts waiting in it.
 
-        temperature 0 is greedy. A prompt's tokens under a `seed` do not depend on its batch. A prompt is admitted,
-        in order, when one of `max_batch` places is free and the pool has the pages for it and its max_new_tokens.
-        num_pages None: as many as that takes, within the memory of a GPU. Raises ValueError, before anything runs,
-        for an argument out of range and for a prompt that is empty, too long or can never have its pages."""
+        temperature 0 is greedy. A prompt's tokens under a `seed` do not depend on its batch. A stop
+        token ends a prompt and is left out; stop_tokens None: the checkpoint's own. num_pages None:
+        as many as needed, within the memory of a GPU. Raises ValueError, before anything runs, for
+        an argument out of range and for a prompt that is empty, too long or can never have its
+        pages."""
         if max_new_tokens < 0 or page_size < 1 or max_batch < 1:
             raise ValueError(
-                f"{max_new_tokens=} must not be negative, {page_size=} and {max_batch=} must be positive"
+                f"{max_new_tokens=} must not be negative, {page_size=} and {max_batch=} must be "
+                "positive"
             )
-        if (
-            temperature < 0
-            or top_k is not None
-            and top_k < 1
-            or top_p is not None
-            and not 0 < top_p <= 1
-        ):
-            raise ValueError(
-                f"{temperature=} must not be negative, {top_k=} at least 1, {top_p=} in (0, 1]"
-            )
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        stop = self.stop_tokens if stop_tokens is None else frozenset(stop_tokens)
         for index, prompt in enumerate(prompts):
             self.check_prompt(index, prompt, max_new_tokens)
-        needed = [
-            sum(pages_needed(self.config, len(p) + max_new_tokens, page_size).values())
-            for p in prompts
-        ]
-        self.cache = None  # of the generation before: its memory is free for this one
         if num_pages is None:
+            lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+            needed = [sum(pages_needed(self.config, n, page_size).values()) for n in lengths]
             num_pages = min(sum(sorted(needed)[-max_batch:]), self.pages_that_fit(page_size))
-        for index, pages in enumerate(needed):
-            if pages > num_pages:
-                raise ValueError(
-                    f"prompt {index} needs {pages} pages of {page_size} tokens for "
-                    f"{len(prompts[index])} tokens and {max_new_tokens} new ones, the pool has {num_pages}"
-                    "; raise num_pages or lower max_new_tokens"
-                )
-        cache = self.cache = KVCache(self.config, num_pages, page_size, self.device, self.dtype)
-        waiting = collections.deque()
-        for index in range(len(prompts) if max_new_tokens else 0):
-            draws = random.Random(None if seed is None else f"{seed}/{index}")
-            waiting.append(
-                Sequence(index, list(prompts[index]), max_new_tokens, needed[index], draws)
-            )
-        return self.run(
-            cache, waiting, max_batch, set(stop_tokens or ()), (temperature, top_k, top_p)
-        )
-
-    def check_prompt(self, index: int, prompt: list[int], max_new_tokens: int) -> None:
-        """Raises ValueError for a prompt that cannot run."""
-        if not prompt:
-            raise ValueError(f"prompt {index} is empty; it needs at least one token")
-        if bad := [t for t in prompt if not 0 <= t < self.config.vocab_size]:
-            raise ValueError(
-                f"prompt {index} has token {bad[0]}, outside the vocabulary of {self.config.vocab_size}"
-            )
-        if len(prompt) + max_new_tokens > self.config.max_position_embeddings:
-            raise ValueError(
-                f"prompt {index} is too long: {len(prompt)} tokens and {max_new_tokens} new ones exceed "
-                f"the model's context of {self.config.max_position_embeddings}"
-            )
+        engine = Engine(self, num_pages, page_size, max_batch, sampling, stop)
+        for prompt in prompts:
+            engine.submit(prompt, max_new_tokens)
+        return engine
 
     def pages_that_fit(self, page_size: int) -> int:
         """Pages for 90% of a GPU's free memory; a CPU's is not measured."""
         if self.device.type != "cuda":
             return sys.maxsize
         one = KVCache(self.config, 0, page_size, "meta", self.dtype).pool
-        # blocks that PyTorch keeps for reuse are free too, though the driver counts them as taken
+        # Blocks that PyTorch keeps for reuse are free too, though the driver counts them as taken.
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return int(0.9 * (torch.cuda.mem_get_info(self.device)[0] + kept)) // (
-            one.numel() * one.itemsize
-        )
+        free = torch.cuda.mem_get_info(self.device)[0] + kept
+        return int(0.9 * free) // (one.numel() * one.itemsize)
 
-    @torch.inference_mode()
-    def run(
-        self, cache: KVCache, waiting: collections.deque, max_batch: int, stop: set[int], sampling
-    ) -> Iterator:
-        """Continuous batching: prompts are prefilled as soon as they fit, all running ones decode together."""
-        running: list[Sequence] = []
 
-        def admissible() -> bool:
-            return (
-                bool(waiting) and len(running) < max_batch and waiting[0].pages <= len(cache.free)
-            )
+def choose_activations(name: str, experts: Experts, ops: Ops) -> str:
+    """What the expert GEMMs see. "auto": what the checkpoint was made for, if `ops` multiply it,
+    else mxfp8. Raises ValueError for what they do not multiply."""
+    if name != "auto":
+        return name
+    published = "bf16" if experts.gate_up_input_scale is None else "fp8"
+    try:
+        ops.prepare(experts, published)
+    except ValueError:
+        return "mxfp8"
+    return published
 
-        while waiting or running:
-            while admissible():
-                sequence = waiting.popleft()
-                sequence.tables = cache.allocate(len(sequence.tokens) + sequence.remaining)
-                *_, hidden = self.prefill(cache, sequence.tokens, sequence.tables)
-                running.append(sequence)
-                yield from self.emit(cache, [sequence], hidden[-1:], running, stop, sampling)
-            slots, room = (
-                {},
-                0,
-            )  # tables stay as they are until a sequence leaves or the longest fills its last page
-            members = list(running)
-            while running and running == members and not admissible():
-                length = max(len(sequence.tokens) for sequence in running)
-                if length > room:
-                    slots = cache.slots([sequence.tables for sequence in running], length)
-                    room = -(-length // cache.page_size) * cache.page_size
-                positions = torch.tensor(
-                    [[len(sequence.tokens) - 1] for sequence in running], device=self.device
-                )
-                tokens = torch.tensor(
-                    [sequence.tokens[-1] for sequence in running], device=self.device
-                )
-                hidden = self.forward(tokens, self.step(cache, positions, slots))
-                yield from self.emit(cache, members, hidden, running, stop, sampling)
 
-    def emit(self, cache, sequences, hidden, running, stop, sampling) -> Iterator[tuple[int, int]]:
-        """Samples a token for each sequence from its hidden state [S, H]; those that are done leave `running`."""
-        logits = F.linear(hidden, self.unembedding).float()  # [S, V]
-        draws = [sequence.random.random() for sequence in sequences]
-        for sequence, token in zip(
-            sequences, sample(logits, draws, *sampling).tolist(), strict=True
-        ):
-            sequence.tokens.append(token)
-            sequence.remaining -= 1
-            if token in stop or not sequence.remaining:
-                running.remove(sequence)
-                cache.release(sequence.tables)
-            if token not in stop:
-                yield sequence.index, token
+# --------------------------------------------------------------------------------------------------
+# Engine
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Raises ValueError for a value out of range."""
+
+    temperature: float = 0.0  # 0: the likeliest token
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self):
+        temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
+        if temperature < 0:
+            raise ValueError(f"{temperature=} must not be negative")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"{top_k=} must be at least 1")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"{top_p=} must be in (0, 1]")
 
 
 @dataclass(eq=False)
 class Sequence:
     """A prompt on its way through the engine."""
 
-    index: int  # among the prompts
+    index: int  # in the order of submission
     tokens: list[int]  # prompt and generated; all but the newest are cached
     remaining: int  # tokens it may still generate
-    pages: int  # that it needs at its longest
     random: random.Random
-    tables: dict[str, list[int]] | None = None  # block tables, by kind of layer
+    tables: dict[str, list[int]] = field(default_factory=dict)  # block tables, by kind of layer
 
 
-def sample(
-    logits: torch.Tensor,
-    draws: list[float],
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> torch.Tensor:
-    """One token per row. logits [S, V] float32, draws: S uniform in [0, 1). temperature 0: the largest logit. Else
-    inverse transform sampling from softmax(logits / temperature), cut to the top_k likeliest, renormalised, then cut
-    to the likeliest whose sum reaches top_p."""
-    if temperature == 0:
+class Engine:
+    """Continuous batching: a prompt waits until one of `max_batch` places is free and the pool has
+    the pages for all it may become; prompts are prefilled as soon as they fit, one by one, and all
+    running sequences decode together."""
+
+    def __init__(
+        self,
+        model: GPTOSS,
+        num_pages: int,
+        page_size: int,
+        max_batch: int,
+        sampling: Sampling,
+        stop_tokens: frozenset[int],
+    ):
+        self.model, self.max_batch = model, max_batch
+        self.sampling, self.stop_tokens = sampling, stop_tokens
+        self.cache = KVCache(model.config, num_pages, page_size, model.device, model.dtype)
+        self.waiting: collections.deque[Sequence] = collections.deque()
+        self.running: list[Sequence] = []
+        self.submitted = 0
+
+    def submit(self, tokens: list[int], max_new_tokens: int) -> None:
+        """Queues a prompt. Raises ValueError if it can never run."""
+        index, cache = self.submitted, self.cache
+        self.model.check_prompt(index, tokens, max_new_tokens)
+        length = len(tokens) + max_new_tokens
+        pages = sum(pages_needed(self.model.config, length, cache.page_size).values())
+        if pages > cache.num_pages:
+            raise ValueError(
+                f"prompt {index} needs {pages} pages of {cache.page_size} tokens for {len(tokens)} "
+                f"tokens and {max_new_tokens} new ones, the pool has {cache.num_pages}; raise "
+                "num_pages or lower max_new_tokens"
+            )
+        self.submitted += 1
+        if max_new_tokens:
+            seed = self.sampling.seed
+            draws = random.Random(None if seed is None else f"{seed}/{index}")
+            self.waiting.append(Sequence(index, list(tokens), max_new_tokens, draws))
+
+    def tokens(self) -> Iterator[tuple[int, int]]:
+        """(index of the prompt, its next token), until no prompt is left."""
+        while self.waiting or self.running:
+            yield from self.step()
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, int]]:
+        """One forward pass of the first waiting prompt, if it fits, else of all running sequences.
+        -> (index, token) of every sequence that got a token, stop tokens left out."""
+        if self.waiting and self.admits(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            return self.emit([sequence], self.prefill(sequence))
+        return self.emit(list(self.running), self.decode())
+
+    def admits(self, sequence: Sequence) -> bool:
+        length = len(sequence.tokens) + sequence.remaining
+        pages = pages_needed(self.model.config, length, self.cache.page_size)
+        return len(self.running) < self.max_batch and sum(pages.values()) <= len(self.cache.free)
+
+    def prefill(self, sequence: Sequence) -> Tensor:
+        """Caches a prompt. -> the hidden state of its last token, [1, H]."""
+        sequence.tables = self.cache.allocate(len(sequence.tokens) + sequence.remaining)
+        for hidden in self.model.prefill(self.cache, sequence.tokens, sequence.tables):
+            last = hidden[-1:]
+        return last
+
+    def decode(self) -> Tensor:
+        """Caches the newest token of every running sequence. -> their hidden states, [S, H]."""
+        positions = [[len(sequence.tokens) - 1] for sequence in self.running]
+        step = self.cache.step(positions, [sequence.tables for sequence in self.running])
+        tokens = torch.tensor([s.tokens[-1] for s in self.running], device=self.model.device)
+        return self.model.forward(tokens, step, self.cache.pool)
+
+    def emit(self, sequences: list[Sequence], hidden: Tensor) -> list[tuple[int, int]]:
+        """Samples a token for each sequence from its hidden state [S, H]; those that are done leave
+        `running` and their pages."""
+        logits = F.linear(hidden, self.model.unembedding).float()  # [S, V]
+        draws = [sequence.random.random() for sequence in sequences]
+        tokens, emitted = sample(logits, draws, self.sampling).tolist(), []
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.tokens.append(token)
+            sequence.remaining -= 1
+            if token in self.stop_tokens or not sequence.remaining:
+                self.running.remove(sequence)
+                self.cache.release(sequence.tables)
+            if token not in self.stop_tokens:
+                emitted.append((sequence.index, token))
+        return emitted
+
+
+def sample(logits: Tensor, draws: list[float], sampling: Sampling) -> Tensor:
+    """One token per row. logits [S, V] float32, draws: S uniform in [0, 1). Temperature 0: the
+    largest logit. Else inverse transform sampling from softmax(logits / temperature), cut to the
+    top_k likeliest, renormalised, then cut to the likeliest whose sum reaches top_p."""
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    share, token = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        share[:, top_k:] = 0
-    if top_p is not None:
+    share = (logits / sampling.temperature).softmax(-1)
+    share, token = share.sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k is not None:
+        share[:, sampling.top_k :] = 0
+    if sampling.top_p is not None:
         share /= share.sum(-1, keepdim=True)
-        share[share.cumsum(-1) - share >= top_p] = 0
+        share[share.cumsum(-1) - share >= sampling.top_p] = 0
     total = share.double().cumsum(-1)
-    rank = (
-        total
-        <= torch.tensor(draws, device=total.device, dtype=total.dtype)[:, None] * total[:, -1:]
-    ).sum(-1)
-    rank = rank.minimum((share > 0).sum(-1) - 1)  # should the product have rounded up to the whole
+    draw = torch.tensor(draws, device=total.device, dtype=total.dtype)[:, None]
+    rank = (total <= draw * total[:, -1:]).sum(-1)
+    # The product may have rounded up to the whole.
+    rank = rank.minimum((share > 0).sum(-1) - 1)
     return token.gather(1, rank[:, None])[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Chat: the Harmony format
 
 SYSTEM = (
@@ -835,7 +846,7 @@ class Reader:
         return None, ""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -882,7 +893,7 @@ def arguments() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         help="default: float32 on a CPU, bfloat16 elsewhere",
     )
-    add("--moe", default="auto", choices=("auto", "torch", "gluon"))
+    add("--ops", default="auto", choices=("auto", "torch", "gluon"))
     add(
         "--emulate",
         action="store_true",
@@ -914,14 +925,11 @@ def arguments() -> argparse.ArgumentParser:
 def answer(
     model: GPTOSS, tokenizer: tiktoken.Encoding, prompts: list[list[int]], args, chat: bool
 ) -> list[str]:
-    """Generates for the prompts; prints the text on stdout, a single prompt's as it comes and several in order at the
-    end, and the statistics on stderr. Returns the final channel of each."""
+    """Generates for the prompts; prints the text on stdout, a single prompt's as it comes and
+    several in order at the end, and the statistics on stderr. Returns the final channel of each."""
     ends = tokenizer.special_tokens_set & {"<|return|>", "<|call|>", "<|endoftext|>"}
-    stop = {*model.config.eos_token_id, *map(tokenizer.encode_single_token, ends)}
-    readers = [Reader(tokenizer, chat) for _ in prompts]
-    shown, final, times = [""] * len(prompts), [""] * len(prompts), [[] for _ in prompts]
-    start = time.perf_counter()
-    for index, token in model.stream(
+    stop = model.stop_tokens.union(map(tokenizer.encode_single_token, ends))
+    engine = model.engine(
         prompts,
         args.max_new_tokens,
         args.temperature,
@@ -932,7 +940,11 @@ def answer(
         args.num_pages,
         args.page_size,
         args.max_batch,
-    ):
+    )
+    readers = [Reader(tokenizer, chat) for _ in prompts]
+    shown, final, times = [""] * len(prompts), [""] * len(prompts), [[] for _ in prompts]
+    start = time.perf_counter()
+    for index, token in engine.tokens():
         times[index].append(time.perf_counter())
         channel, text = readers[index].read(token)
         final[index] += text if channel == "final" else ""
@@ -944,32 +956,42 @@ def answer(
     for index, text in enumerate(final):
         if chat and not text:
             print(
-                f"prompt {index}: no final channel within {len(times[index])} tokens; raise --max-new-tokens, or see "
-                "--show-reasoning",
+                f"prompt {index}: no final channel within {len(times[index])} tokens; raise "
+                "--max-new-tokens, or see --show-reasoning",
                 file=sys.stderr,
             )
-    report(model, times, start)
+    report(engine, times, start)
     return final
 
 
-def report(model: GPTOSS, times: list[list[float]], start: float) -> None:
+def report(engine: Engine, times: list[list[float]], start: float) -> None:
     """One line of statistics on stderr. times: when each token of each prompt came, seconds."""
-    mean = lambda values: f"{1e3 * sum(values) / len(values):.2f} ms" if values else "-"  # noqa: E731
+
+    def mean(seconds: list[float]) -> str:
+        return f"{1e3 * sum(seconds) / len(seconds):.2f} ms" if seconds else "-"
+
     ttft = mean([t[0] - start for t in times if t])
     tpot = mean([(t[-1] - t[0]) / (len(t) - 1) for t in times if len(t) > 1])
-    count, seconds = sum(map(len, times)), time.perf_counter() - start
-    peak = (
-        torch.cuda.max_memory_allocated(model.device)
-        if model.device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-    )
-    cache = model.cache
+    count, seconds, cache = sum(map(len, times)), time.perf_counter() - start, engine.cache
     print(
-        f"{count} tokens | TTFT {ttft} | TPOT {tpot} | {count / seconds:.1f} tok/s | pages {cache.peak} of "
-        f"{cache.num_pages} x {cache.page_size} tokens | peak memory {peak / 2**30:.2f} GiB",
+        f"{count} tokens | TTFT {ttft} | TPOT {tpot} | {count / seconds:.1f} tok/s | pages "
+        f"{cache.peak} of {cache.num_pages} x {cache.page_size} tokens{peak_memory(cache.pool)}",
         file=sys.stderr,
     )
+
+
+def peak_memory(pool: Tensor) -> str:
+    """The most memory used so far, of the pool's GPU or of this process, where it can be told."""
+    if pool.is_cuda:
+        peak = torch.cuda.max_memory_allocated(pool.device)
+    elif importlib.util.find_spec("resource"):  # not on Windows
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
+    else:
+        return ""
+    return f" | peak memory {peak / 2**30:.2f} GiB"
 
 
 def converse(model: GPTOSS, tokenizer: tiktoken.Encoding, args) -> None:
@@ -990,7 +1012,10 @@ def converse(model: GPTOSS, tokenizer: tiktoken.Encoding, args) -> None:
 @contextlib.contextmanager
 def emulated_gpu():
     """Makes an emulated gfx950 Triton's active device; says on stderr what ran on it."""
-    import gfx950
+    try:
+        import gfx950
+    except ImportError as error:
+        raise ValueError(f"--emulate needs Triton and the emulator in gfx950/: {error}") from error
 
     with gfx950.emulate() as gpu:
         try:
@@ -1013,8 +1038,8 @@ def main() -> int:
     args = parser.parse_args()
     if bool(args.prompt) == args.chat:
         parser.error("give --prompt TEXT (may repeat, - reads standard input) or --chat")
-    if args.emulate and (args.device not in (None, "cpu") or args.moe == "torch"):
-        parser.error("--emulate runs the gluon kernels on the cpu: leave out --device and --moe")
+    if args.emulate and (args.device not in (None, "cpu") or args.ops == "torch"):
+        parser.error("--emulate runs the gluon kernels on the cpu: leave out --device and --ops")
     try:
         tokenizer = weights.load_tokenizer(args.checkpoint)
         chat = not args.raw and "<|channel|>" in tokenizer.special_tokens_set
@@ -1030,9 +1055,9 @@ def main() -> int:
             device = args.device or (
                 "cuda" if torch.cuda.is_available() and not args.emulate else "cpu"
             )
-            moe = "gluon" if args.emulate else args.moe
+            ops = "gluon" if args.emulate else args.ops
             dtype = getattr(torch, args.dtype or "", None)
-            model = GPTOSS.from_pretrained(args.checkpoint, device, dtype, moe, args.activations)
+            model = GPTOSS.from_pretrained(args.checkpoint, device, dtype, ops, args.activations)
             if args.chat:
                 converse(model, tokenizer, args)
             else:

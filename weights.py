@@ -10,10 +10,11 @@ gptoss.py: V vocabulary, H hidden size, I intermediate size, D head dim, E exper
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,6 +158,33 @@ class Config:
         return {"rms_norm_eps": 1e-5, "eos_token_id": (200002, 199999, 200012)}.get(
             name
         )  # return, endoftext, call
+
+
+def published(size: str) -> Config:
+    """The constants of gpt-oss-20b or gpt-oss-120b, from their config.json. size: "20b", "120b"."""
+    layers, experts = {"20b": (24, 32), "120b": (36, 128)}[size]
+    return Config(
+        vocab_size=201088,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_hidden_layers=layers,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_local_experts=experts,
+        num_experts_per_tok=4,
+        sliding_window=128,
+        swiglu_limit=7.0,
+        rope_theta=150000.0,
+        rope_factor=32.0,
+        rope_beta_fast=32.0,
+        rope_beta_slow=1.0,
+        initial_context_length=4096,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        layer_types=LAYER_TYPES * (layers // 2),
+        eos_token_id=(200002, 199999, 200012),
+    )
 
 
 def lookup(table: dict, path: str):
@@ -354,43 +382,88 @@ def load(path: str | Path) -> Checkpoint:
             f"{path / 'config.json'}: hidden_size and intermediate_size must be multiples of "
             f"{MX_GROUP}, the group that shares a scale"
         )
-    groups = {
-        layer: tensors_of(config, layout, layer)
-        for layer in (None, *range(config.num_hidden_layers))
-    }
-    check(path, files, [stored for group in groups.values() for stored in group])
+    layers = (None, *range(config.num_hidden_layers))
+    check(path, files, [stored for n in layers for stored in tensors_of(config, layout, n)])
+    return assemble(config, layout, lambda group: read(files, group), "loading")
 
+
+def random(config: Config, layout: str, device="cpu", seed: int = 0) -> Checkpoint:
+    """Made-up weights of true shapes, on `device`, as a checkpoint of that layout would load. They
+    are drawn a layer at a time, and packed experts are never held unpacked."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw_group(group: list[Stored]) -> list[torch.Tensor]:
+        return [draw(stored, generator) for stored in group]
+
+    return assemble(config, layout, draw_group, "random weights")
+
+
+def random_tensors(config: Config, layout: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The tensors of `random` under their stored names, to be written to a file."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = (None, *range(config.num_hidden_layers))
+    groups = [tensors_of(config, layout, layer) for layer in layers]
+    return {stored.name: draw(stored, generator) for group in groups for stored in group}
+
+
+def draw(stored: Stored, generator: torch.Generator) -> torch.Tensor:
+    """Weights under which the products of a layer stay of the order of its inputs."""
+    options = {"generator": generator, "device": generator.device}
+    if stored.dtypes == DTYPES["u8"]:
+        return torch.randint(256, stored.shape, dtype=torch.uint8, **options)
+    if stored.dtypes == DTYPES["e8m0"]:
+        inputs = stored.shape[-1] * MX_GROUP
+        # The sixteen e2m1 values have a standard deviation of 2.6.
+        middle = 127 - round(math.log2(2.6 * inputs**0.5))
+        return torch.randint(middle - 2, middle + 2, stored.shape, dtype=torch.uint8, **options)
+    if stored.dtypes == DTYPES["float"]:
+        return 0.01 + 0.01 * torch.rand(stored.shape, **options)
+    x = torch.randn(stored.shape, dtype=torch.bfloat16, **options)
+    if "norm" in stored.ours:
+        return 1 + 0.2 * x
+    if "bias" in stored.ours or "sinks" in stored.ours:
+        return x
+    inputs = stored.shape[-2 if len(stored.shape) == 3 else -1]  # unpacked experts are [E, in, out]
+    return x * ((3 if stored.ours == "unembedding" else 1) / inputs**0.5)
+
+
+def assemble(config: Config, layout: str, read_group: Callable, label: str) -> Checkpoint:
+    """A checkpoint, a layer at a time. `read_group` gives the tensors of a list of Stored."""
+    names = [field.name for field in dataclasses.fields(Experts)]
     dense, experts = {}, []
-    for layer, group in progress(groups.items(), "loading"):
-        tensors = read(files, group)
+    for layer in progress((None, *range(config.num_hidden_layers)), label):
+        group, parts = tensors_of(config, layout, layer), {}
+        for stored, tensor in zip(group, read_group(group), strict=True):
+            parts.setdefault(stored.ours, []).append(tensor)
+        joined = {ours: join(ours, tensors) for ours, tensors in parts.items()}
         if layer is not None:
-            fields = {
-                field.name: tensors.pop(f"{layer}.{field.name}", None)
-                for field in dataclasses.fields(Experts)
-            }
+            fields = {name: joined.pop(f"{layer}.{name}", None) for name in names}
             experts.append(as_experts(layout, fields))
-        dense |= tensors
+        dense |= joined
     return Checkpoint(config, layout, dense, experts)
 
 
-def read(files: dict[str, Path], group: list[Stored]) -> dict[str, torch.Tensor]:
-    """Our name -> tensor. What is joined is read through maps of its own, so that its pages leave
-    memory with them."""
+def join(ours: str, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """q, k and v along their rows; Quark's experts stacked; what is alone, as it is."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat(tensors) if "qkv" in ours else torch.stack(tensors)
+
+
+def read(files: dict[str, Path], group: list[Stored]) -> list[torch.Tensor]:
+    """The tensors of a group. What will be joined is read through maps of its own, so that its
+    pages leave memory with them."""
     rows = Counter(stored.ours for stored in group)
     maps: dict[tuple[Path, bool], safe_open] = {}
-    parts: dict[str, list[torch.Tensor]] = {}
+    tensors = []
     for stored in group:
         key = files[stored.name], rows[stored.ours] > 1
         if key not in maps:
             maps[key] = open_file(key[0])
         tensor = maps[key].get_tensor(stored.name).reshape(stored.shape)
-        # a scale is a byte: reinterpreted, never converted
-        tensor = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor
-        parts.setdefault(stored.ours, []).append(tensor)
-    return {
-        ours: part[0] if len(part) == 1 else torch.cat(part) if "qkv" in ours else torch.stack(part)
-        for ours, part in parts.items()
-    }
+        scale = tensor.dtype == torch.float8_e8m0fnu  # a byte: reinterpreted, never converted
+        tensors.append(tensor.view(torch.uint8) if scale else tensor)
+    return tensors
 
 
 def as_experts(layout: str, fields: dict) -> Experts:
