@@ -152,7 +152,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Span(NamedTuple):
     """Which keys the layers of one kind see in a step."""
 
-    past: Tensor  # int [S * C], pool slots of the cached tokens, each sequence's in ring order
+    past: Tensor  # int [2 * S * G * C], rows of D in the pool: keys, values; tokens in ring order
     hidden: Tensor  # bool [S, 1, 1, Q, C + Q + 1], keys that the query does not see; last, the sink
     kept: Tensor  # int [kept], which of the T new tokens stay cached
     write: Tensor  # int [kept], their pool slots
@@ -172,7 +172,8 @@ def plan(step: Step, config: Config) -> Plan:
     frequency, factor = rope(config, device)
     angles = positions[:, :, None, None] * frequency  # [S, Q, 1, D/2]
     queries, newest = positions[:, :, None], positions[:, :1] - 1  # [S, Q, 1], [S, 1]: cached
-    offsets, spans = torch.arange(step.page_size, device=device), {}
+    offsets, G = torch.arange(step.page_size, device=device), config.num_key_value_heads
+    heads, spans = torch.arange(2 * G, device=device).view(2, 1, G, 1), {}  # in a slot of the pool
     for kind, table in step.tables.items():
         slots = (table[:, :, None] * step.page_size + offsets).flatten(1)  # [S, C]
         C = slots.shape[1]
@@ -187,7 +188,8 @@ def plan(step: Step, config: Config) -> Plan:
         leaving = (positions.amax(1, keepdim=True) - C).clamp(min=-1)  # [S, 1]
         kept = (positions > leaving).flatten().nonzero()[:, 0]
         write = slots.gather(1, positions % C).flatten()[kept]
-        spans[kind] = Span(slots.flatten(), hidden, kept, write)
+        past = slots[:, None] * 2 * G + heads  # [S, C] -> [2, S, G, C]
+        spans[kind] = Span(past.flatten(), hidden, kept, write)
     return Plan(angles.cos() * factor, angles.sin() * factor, spans)
 
 
@@ -202,7 +204,7 @@ def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -
     qk, v = qkv.view(S, Q, N + 2 * G, D).split([N + G, G], dim=2)
     q, k = rotate(qk, plan.cos, plan.sin).split([N, G], dim=2)
     new = torch.stack([k, v], dim=2)  # [S, Q, 2, G, D]
-    past = pool.index_select(0, span.past).view(S, -1, 2, G, D)  # [S, C, 2, G, D]
+    past = pool.view(-1, D).index_select(0, span.past).view(2, S, G, -1, D)  # [2, S, G, C, D]
     rows = max(1, SCORES // (S * N * span.hidden.shape[-1]))  # queries at once, bounds the memory
     parts = zip(q.split(rows, dim=1), span.hidden.split(rows, dim=3), strict=True)
     out = [attend(q, past, new, sinks, hidden) for q, hidden in parts]
@@ -213,11 +215,10 @@ def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -
 def attend(q: Tensor, past: Tensor, new: Tensor, sinks: Tensor, hidden: Tensor) -> Tensor:
     """Softmax attention in which M = N / G query heads share a key head. A head's sink is one more
     logit of its softmax that stands for no value. q [S, Q, N, D]; keys and values past
-    [S, C, 2, G, D] and new [S, Q', 2, G, D]; hidden as in Span -> [S, Q, N, D]."""
-    (S, Q, N, D), G, C = q.shape, new.shape[3], past.shape[1]
+    [2, S, G, C, D] and new [S, Q', 2, G, D]; hidden as in Span -> [S, Q, N, D]."""
+    (S, Q, N, D), G, C = q.shape, *past.shape[2:4]
     q = q.view(S, Q, G, N // G, D).permute(0, 2, 3, 1, 4).reshape(S, G, -1, D)  # [S, G, M*Q, D]
-    past_k, past_v = past.permute(2, 0, 3, 1, 4).contiguous()  # [S, G, C, D] each
-    new_k, new_v = new.permute(2, 0, 3, 1, 4).contiguous()  # [S, G, Q', D] each
+    (past_k, past_v), (new_k, new_v) = past, new.permute(2, 0, 3, 1, 4)  # [S, G, ..., D] each
     sink = sinks.view(G, -1, 1).expand(S, G, -1, Q).reshape(S, G, -1, 1)  # [S, G, M*Q, 1]
     q = q * D**-0.5
     logits = torch.cat([q @ past_k.mT, q @ new_k.mT, sink], dim=-1).float()
@@ -281,41 +282,52 @@ def moe_reference(
     the others these rounded: "fp8" (with the static scales in `experts`), "mxfp8", "mxfp4". Raises
     ValueError for any other, and for fp8 without scales."""
     check_activations(experts, activations)
-    chosen, gates = gating(x, router_weight, router_bias, top_k)
-    h = dispatch_swiglu(x, chosen, experts, activations, swiglu_limit)
-    return combine(h, chosen, gates, experts).to(x.dtype)
+    routing = gating(x, router_weight, router_bias, top_k)
+    h = dispatch_swiglu(x, routing, experts, activations, swiglu_limit)
+    return combine(h, routing, experts).to(x.dtype)
 
 
-def gating(
-    x: Tensor, router_weight: Tensor, router_bias: Tensor, top_k: int
-) -> tuple[Tensor, Tensor]:
-    """The experts of each token, int64 [T, k]: the largest router logits, the smaller id first
-    where they tie; and their gate weights, float32 [T, k]: a softmax over these logits alone."""
+class Routing(NamedTuple):
+    """Which experts see which tokens. A row is a (token, slot) pair, numbered token * k + slot."""
+
+    chosen: Tensor  # int64 [T, k], the experts of a token
+    gates: Tensor  # float32 [T, k], their weights
+    order: Tensor  # int64 [T*k], the rows by expert
+    counts: dict[int, int]  # rows of each expert that has any, in that order
+
+
+def gating(x: Tensor, router_weight: Tensor, router_bias: Tensor, top_k: int) -> Routing:
+    """The experts of each token are those with the largest router logits, the smaller id first
+    where they tie; their gate weights are a softmax over these logits alone."""
     logits = F.linear(x.float(), router_weight.float(), router_bias.float())  # [T, E]
     logits, expert = logits.sort(dim=-1, descending=True, stable=True)
-    return expert[:, :top_k], logits[:, :top_k].softmax(-1)
+    chosen, gates = expert[:, :top_k], logits[:, :top_k].softmax(-1)
+    expert, order = chosen.flatten().sort(stable=True)
+    return Routing(chosen, gates, order, collections.Counter(expert.tolist()))
 
 
 def dispatch_swiglu(
-    x: Tensor, chosen: Tensor, experts: Experts, activations: str, swiglu_limit: float
+    x: Tensor, routing: Routing, experts: Experts, activations: str, swiglu_limit: float
 ) -> Tensor:
     """x [T, H] through the first GEMM of its experts and SwiGLU: gate sigmoid(1.702 gate) (up + 1),
-    both clamped before. -> [T, k, I] float32, as the second GEMM sees it."""
+    both clamped before. -> float32 [T*k, I], rows by expert, as the second GEMM sees them."""
     seen = as_seen(x.float(), x.dtype, activations, experts.gate_up_input_scale)
-    seen = seen[:, None].expand(-1, chosen.shape[1], -1)  # [T, k, H]
-    h = expert_linear(
-        seen, chosen, experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias
-    )
-    gate, up = h[..., 0::2].clamp(max=swiglu_limit), h[..., 1::2].clamp(-swiglu_limit, swiglu_limit)
-    h = gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)  # [T, k, 2I] -> [T, k, I]
+    rows = seen.index_select(0, routing.order // routing.chosen.shape[1])  # [T*k, H]
+    weight, scale, bias = experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias
+    h = expert_linear(rows, routing.counts, weight, scale, bias)  # [T*k, 2I]
+    gate, up = h[:, 0::2].clamp(max=swiglu_limit), h[:, 1::2].clamp(-swiglu_limit, swiglu_limit)
+    h = gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)  # [T*k, I]
     return as_seen(h, x.dtype, activations, experts.down_input_scale)
 
 
-def combine(h: Tensor, chosen: Tensor, gates: Tensor, experts: Experts) -> Tensor:
-    """h [T, k, I] from `dispatch_swiglu` through the second GEMM of its experts, and the sum over k
-    weighted by the gates. -> float32 [T, H]."""
-    y = expert_linear(h, chosen, experts.down_weight, experts.down_scale, experts.down_bias)
-    return (y * gates[..., None]).sum(1)  # [T, k, H] -> [T, H]
+def combine(h: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """h from `dispatch_swiglu` through the second GEMM of its experts, and the sum over a token's k
+    experts weighted by its gates. -> float32 [T, H]."""
+    y = expert_linear(
+        h, routing.counts, experts.down_weight, experts.down_scale, experts.down_bias
+    )  # [T*k, H]
+    y = torch.empty_like(y).index_copy_(0, routing.order, y).view(*routing.gates.shape, -1)
+    return (y * routing.gates[..., None]).sum(1)  # [T, k, H] -> [T, H]
 
 
 def as_seen(x: Tensor, dtype: torch.dtype, activations: str, scale: float | None) -> Tensor:
@@ -325,18 +337,14 @@ def as_seen(x: Tensor, dtype: torch.dtype, activations: str, scale: float | None
     return quantise_fp8(x, scale) if activations == "fp8" else quantise_mx(x, activations)
 
 
-def expert_linear(x: Tensor, chosen: Tensor, weight: Tensor, scale, bias: Tensor) -> Tensor:
-    """x [T, k, in] times the weight of the expert in chosen [T, k], plus its bias. An expert is
-    converted to float32 where rows use it and forgotten after. -> float32 [T, k, out]."""
-    expert, order = chosen.flatten().sort(stable=True)  # rows: (token, slot) pairs, by expert
-    counts = collections.Counter(expert.tolist())
+def expert_linear(x: Tensor, counts: dict[int, int], weight: Tensor, scale, bias) -> Tensor:
+    """Rows x [R, in], by expert, each times the weight of its expert, plus the bias. An expert is
+    converted to float32 where rows use it and forgotten after. -> float32 [R, out]."""
     outputs = []
-    rows_of = x.flatten(0, 1).index_select(0, order).split([*counts.values()])
-    for e, rows in zip(counts, rows_of, strict=True):
+    for e, rows in zip(counts, x.split([*counts.values()]), strict=True):
         w = weight[e].float() if scale is None else dequantise_mxfp4(weight[e], scale[e])
-        outputs.append(rows @ w.mT)  # [rows of e, out]
-    y = torch.cat(outputs) + bias.index_select(0, expert).float()
-    return torch.empty_like(y).index_copy_(0, order, y).view(*chosen.shape, -1)  # [T, k, out]
+        outputs.append(F.linear(rows, w, bias[e].float()))
+    return torch.cat(outputs)
 
 
 EQUATIONS = Ops(prepare, plan, add_norm, attention, moe_reference, capturable=False)

@@ -121,18 +121,18 @@ def test_router_ties_go_to_the_smaller_expert():
     row = torch.randint(-4, 5, (1, 96), generator=generator).float()
     bias = torch.tensor([0.0, 3.0, 0.0, 3.0, 3.0])
     for top_k, expected in ((1, [1]), (2, [1, 3]), (4, [1, 3, 4, 0])):
-        chosen, gates = gptoss.gating(x, row.expand(5, -1), bias, top_k)
-        assert chosen.tolist() == [expected] * 9
-        share = bias[expected].double().softmax(0)
-        assert (gates - share).abs().max() < 1e-6
+        routing = gptoss.gating(x, row.expand(5, -1), bias, top_k)
+        assert routing.chosen.tolist() == [expected] * 9
+        assert (routing.gates - bias[expected].double().softmax(0)).abs().max() < 1e-6
+        assert list(routing.counts.items()) == [(e, 9) for e in sorted(expected)]
 
 
 def test_moe_reference_is_the_chain_of_its_stages():
     x, router_weight, router_bias, experts = moe_case()
-    chosen, gates = gptoss.gating(x, router_weight, router_bias, 3)
-    h = gptoss.dispatch_swiglu(x, chosen, experts, "mxfp8", 7.0)
-    assert h.shape == (9, 3, 160) and torch.equal(gptoss.quantise_mx(h, "mxfp8"), h)
-    y = gptoss.combine(h, chosen, gates, experts)
+    routing = gptoss.gating(x, router_weight, router_bias, 3)
+    h = gptoss.dispatch_swiglu(x, routing, experts, "mxfp8", 7.0)
+    assert h.shape == (27, 160) and torch.equal(gptoss.quantise_mx(h, "mxfp8"), h)
+    y = gptoss.combine(h, routing, experts)
     found = gptoss.moe_reference(x, router_weight, router_bias, experts, 3, "mxfp8")
     assert torch.equal(found, y)
 
