@@ -9,7 +9,7 @@ the chat format https://github.com/openai/harmony. Shape letters:
     T  tokens of a step, flat: S sequences of Q tokens each (prefill: S = 1; decode: Q = 1)
     H  hidden size        I  intermediate size     E  experts        k  experts of a token
     N  query heads        G  key/value heads       D  head dim       V  vocabulary
-    C  tokens that a block table has room for      M  query heads that share a key head: N / G
+    C  cached tokens that a step reads      M  query heads that share a key head: N / G
 """
 
 import argparse
@@ -42,6 +42,7 @@ PREFILL_TOKENS = 1024  # tokens of a prompt that run together
 SCORES = 1 << 26  # heads x queries x keys whose attention scores are in memory together
 EXPAND_BELOW = 1 << 25  # bytes: a layer's experts that are smaller as float32 are expanded, at load
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
+OPS = ("auto", "torch", "gluon")
 SWIGLU_ALPHA = weights.ARCHITECTURE["swiglu_alpha"]
 
 
@@ -153,7 +154,7 @@ class Span(NamedTuple):
     """Which keys the layers of one kind see in a step."""
 
     past: Tensor  # int [2 * S * G * C], rows of D in the pool: keys, values; tokens in ring order
-    hidden: Tensor  # bool [S, 1, 1, Q, C + Q + 1], keys that the query does not see; last, the sink
+    hidden: Tensor  # bool [S, 1, 1, Q, C + Q + 1], what a query does not see: cached, new, the sink
     kept: Tensor  # int [kept], which of the T new tokens stay cached
     write: Tensor  # int [kept], their pool slots
 
@@ -176,19 +177,19 @@ def plan(step: Step, config: Config) -> Plan:
     heads, spans = torch.arange(2 * G, device=device).view(2, 1, G, 1), {}  # in a slot of the pool
     for kind, table in step.tables.items():
         slots = (table[:, :, None] * step.page_size + offsets).flatten(1)  # [S, C]
-        C = slots.shape[1]
+        C, filled = slots.shape[1], slots[:, : int(newest.max()) + 1]
         # The position of the newest token at each ring index; negative: there is none.
-        cached = newest - (newest - torch.arange(C, device=device)) % C  # [S, C]
-        keys = torch.cat([cached, positions], dim=1)[:, None]  # [S, 1, C + Q]
-        hidden = (keys < 0) | (keys > queries)  # [S, Q, C + Q]
+        cached = newest - (newest - torch.arange(filled.shape[1], device=device)) % C  # [S, filled]
+        keys = torch.cat([cached, positions], dim=1)[:, None]  # [S, 1, filled + Q]
+        hidden = (keys < 0) | (keys > queries)  # [S, Q, filled + Q]
         if kind == "sliding_attention":
             hidden |= keys <= queries - config.sliding_window
-        hidden = F.pad(hidden, (0, 1))[:, None, None]  # [S, 1, 1, Q, C + Q + 1]
+        hidden = F.pad(hidden, (0, 1))[:, None, None]  # [S, 1, 1, Q, filled + Q + 1]
         # Of more than C new tokens the last C stay.
         leaving = (positions.amax(1, keepdim=True) - C).clamp(min=-1)  # [S, 1]
         kept = (positions > leaving).flatten().nonzero()[:, 0]
         write = slots.gather(1, positions % C).flatten()[kept]
-        past = slots[:, None] * 2 * G + heads  # [S, C] -> [2, S, G, C]
+        past = filled[:, None] * 2 * G + heads  # [S, filled] -> [2, S, G, filled]
         spans[kind] = Span(past.flatten(), hidden, kept, write)
     return Plan(angles.cos() * factor, angles.sin() * factor, spans)
 
@@ -323,9 +324,8 @@ def dispatch_swiglu(
 def combine(h: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """h from `dispatch_swiglu` through the second GEMM of its experts, and the sum over a token's k
     experts weighted by its gates. -> float32 [T, H]."""
-    y = expert_linear(
-        h, routing.counts, experts.down_weight, experts.down_scale, experts.down_bias
-    )  # [T*k, H]
+    # [T*k, H]
+    y = expert_linear(h, routing.counts, experts.down_weight, experts.down_scale, experts.down_bias)
     y = torch.empty_like(y).index_copy_(0, routing.order, y).view(*routing.gates.shape, -1)
     return (y * routing.gates[..., None]).sum(1)  # [T, k, H] -> [T, H]
 
@@ -355,8 +355,8 @@ def choose_ops(name: str, device: torch.device) -> Ops:
     layer and the equations for the rest; "auto", gluon where a gfx950, real or emulated, is
     Triton's active device and `device` belongs to it, else torch. Raises ValueError for another
     name, and for what cannot run here."""
-    if name not in ("auto", "torch", "gluon"):
-        raise ValueError(f"ops={name!r}, expected auto, torch or gluon")
+    if name not in OPS:
+        raise ValueError(f"ops={name!r}, expected one of {', '.join(OPS)}")
     if name == "torch" or not on_gfx950(device):
         if name == "gluon":
             raise ValueError(
@@ -901,7 +901,7 @@ def arguments() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         help="default: float32 on a CPU, bfloat16 elsewhere",
     )
-    add("--ops", default="auto", choices=("auto", "torch", "gluon"))
+    add("--ops", default="auto", choices=OPS, help="what computes a layer")
     add(
         "--emulate",
         action="store_true",

@@ -57,22 +57,21 @@ reinterpret = (
     or gl.shared_memory_descriptor._reinterpret
 )
 
-XCDS = gl.constexpr(
-    8
-)  # chiplets of 32 compute units, each with its own L2, which take workgroups in turn
+# chiplets of 32 compute units, each with its own L2, which take workgroups in turn
+XCDS = gl.constexpr(8)
 MFMA = gl.constexpr(16)  # rows and columns of the matrix instructions used here
-STEP = gl.constexpr(
-    128
-)  # K a wave takes in a step: one v_mfma_scale_f32_16x16x128 or four v_mfma_f32_16x16x32_bf16
+# K a wave takes in a step: one v_mfma_scale_f32_16x16x128 or four v_mfma_f32_16x16x32_bf16
+STEP = gl.constexpr(128)
 GROUP = gl.constexpr(32)  # values of K that share an E8M0 scale
-BLOCK = gl.constexpr(
-    64
-)  # weight columns dealt among four MFMA tiles, whose scales are a dword a lane
+# weight columns dealt among four MFMA tiles, whose scales are a dword a lane
+BLOCK = gl.constexpr(64)
 SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 LOG2_E = gl.constexpr(1.4426950408889634)
-TALL = gl.constexpr(
-    4
-)  # tiles of 128 rows, 1.5 MB of 8-bit activations at K = 2880: less than half of an L2
+PREFILL_ROWS = gl.constexpr(128)  # of a prefill tile, which is cut 2 x 2
+PREFILL_COLUMNS = gl.constexpr(256)
+# Prefill tiles of a column panel in turn: 1.5 MB of 8-bit activations at K = 2880, less than half
+# of an L2.
+TALL = gl.constexpr(4)
 DECODE_TOKENS = 16  # the largest decode batch: one 16-row tile holds whatever an expert gets of it
 
 
@@ -152,9 +151,8 @@ class PackedWeight:
             weight = self.data.view(E, -1, 4, groups, 4, 4, 4, 8).permute(0, 1, 5, 2, 6, 3, 4, 7)
             return weight.reshape(E, -1, self.K)[:, :N], None
         weight = self.data.view(E, -1, 4, groups, 4, 4, 16).permute(0, 1, 4, 2, 5, 3, 6)
-        scale = self.scale.view(E, -1, groups, 4, 4, 4).permute(
-            0, 1, 3, 5, 4, 2
-        )  # from [.., K/32, g, i, t]
+        # from [.., K/32, g, i, t]
+        scale = self.scale.view(E, -1, groups, 4, 4, 4).permute(0, 1, 3, 5, 4, 2)
         return weight.reshape(E, -1, self.K // 2)[:, :N], scale.reshape(E, -1, groups)[:, :N]
 
 
@@ -220,9 +218,8 @@ def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
         padding = [rows.new_zeros(E, -N % BLOCK.value, *rows.shape[2:])] if N % BLOCK.value else []
         return torch.cat([rows, *padding], 1).view(E, -1, 4, 4, 4, *rows.shape[2:])
 
-    lanes = weight.contiguous().view(
-        torch.complex128
-    )  # what a lane reads, 16 bytes, moved as one element
+    # what a lane reads, 16 bytes, moved as one element
+    lanes = weight.contiguous().view(torch.complex128)
     if scale is None:
         data = blocks(lanes.view(E, N, groups, 4)).permute(0, 1, 3, 5, 6, 2, 4).contiguous()
         data = data.view(weight.dtype).view(E, -1, groups, 4, 16, 8)
@@ -255,9 +252,8 @@ class Shape:
     W: str  # element of the weights: "bf16" | "e2m1"
 
     @property
-    def cache_key(
-        self,
-    ):  # Triton's key of a compiled kernel: without it, blind to the code of the properties below
+    # Triton's key of a compiled kernel: without it, blind to the code of the properties below
+    def cache_key(self):
         return f"{self} {SOURCE}"
 
     @property
@@ -480,9 +476,8 @@ def multiply(acc, x, w, g: gl.constexpr):
     else:
         X: gl.constexpr = g.X
         W: gl.constexpr = g.W
-        b_scale = (
-            w[1].permute(0, 3, 2, 1).reshape(g.WAVES, g.BN, 4)
-        )  # [WAVES, 4, 16, BN/16] -> [WAVES, BN, 4]
+        # [WAVES, 4, 16, BN/16] -> [WAVES, BN, 4]
+        b_scale = w[1].permute(0, 3, 2, 1).reshape(g.WAVES, g.BN, 4)
         b_scale = gl.convert_layout(b_scale, g.b_scale, assert_trivial=True)
         acc = cdna4.mfma_scaled(x[0], x[1], X, w[0], b_scale, W, acc)
     return acc
@@ -560,9 +555,8 @@ def quantise(y, X: gl.constexpr, MX: gl.constexpr):
     if MX:
         largest_exponent: gl.constexpr = 8 if X == "e4m3" else 15 if X == "e5m2" else 2
         bits = gl.max(gl.abs(y), axis=1).to(gl.int32, bitcast=True)
-        exponent = gl.maximum(
-            (bits >> 23) - 127 - largest_exponent, -127
-        )  # float32's own exponent is the floor
+        # float32's own exponent is the floor
+        exponent = gl.maximum((bits >> 23) - 127 - largest_exponent, -127)
         y = y * ((127 - exponent) << 23).to(gl.float32, bitcast=True)[:, None]
         scale = (exponent + 127).to(gl.uint8)
     else:
@@ -655,9 +649,8 @@ def select_experts(
         iota(1, SLOTS, layout, 2),
     )
     left = cdna4.buffer_load(logits, token * E + expert, mask=(token < T) & (expert < E))
-    left = gl.where(
-        expert < E, gl.maximum(left, -3e38), float("-inf")
-    )  # above what is taken, were it NaN
+    # above what is taken, were it NaN
+    left = gl.where(expert < E, gl.maximum(left, -3e38), float("-inf"))
     largest = gl.max(left, axis=1)[:, None]
     ids = gl.full([BM, SLOTS], E, gl.int32, layout)
     gates = gl.zeros([BM, SLOTS], gl.float32, layout)
@@ -691,9 +684,8 @@ def list_tiles(
     earlier = ((other == mine[:, None]) & (other_row < row[:, None])).to(gl.int32)
     place = gl.sum((other < mine[:, None]).to(gl.int32) + earlier, axis=1)
     cdna4.buffer_store(row, rows, place, mask=mine < E)
-    opens = ((gl.sum(earlier, axis=1) == 0) & (mine < E)).to(
-        gl.int32
-    )  # the first row of its expert
+    # the first row of its expert
+    opens = ((gl.sum(earlier, axis=1) == 0) & (mine < E)).to(gl.int32)
     gl.store(num_tiles, gl.sum(opens, axis=0))
 
     opens = gl.convert_layout(opens, only(1, square, 2))[None, :]
@@ -757,9 +749,8 @@ def route_kernel(
     for step in gl.static_range(STEPS):
         k = (step * g.WAVES + iota(0, g.WAVES, g.b)) * STEP + iota(1, STEP, g.b)
         inside = (n < g.COLUMNS) & (expert + n < E) & (k < g.K)
-        b = cdna4.buffer_load(
-            router_weight, (expert + n) * g.K + k, mask=inside
-        )  # rows as they are, 16 bytes a lane
+        # rows as they are, 16 bytes a lane
+        b = cdna4.buffer_load(router_weight, (expert + n) * g.K + k, mask=inside)
         steps = steps + ((load_x(x, None, token, token, T - first, step, g), (b, 0)),)
         acc = pin(acc, ACCUMULATORS)
     for step in gl.static_range(STEPS):
@@ -999,12 +990,13 @@ def combine_kernel(
     last = n_tiles - 1
 
     # what the end needs, and the list of tiles, are requested first
+    # a lane: all waves of (token, slot, n)
     final: gl.constexpr = gl.BlockedLayout(
         [g.WAVES, 1, 1, 1],
         [1, 64 // (SLOTS * g.COLUMNS), SLOTS, g.COLUMNS],
         [1, g.WAVES, 1, 1],
         [3, 2, 1, 0],
-    )  # a lane: all waves of (token, slot, n)
+    )
     weighted: gl.constexpr = gl.SliceLayout(0, final)
     token, slot = iota(0, TOKENS, weighted), iota(1, SLOTS, weighted)
     valid = (token < T) & (slot < TOP_K)
@@ -1038,14 +1030,12 @@ def combine_kernel(
         gl.float32, [triton.next_power_of_2(CELLS + g.WAVES * TILE)], flat
     )
     wave, place, n = iota(0, g.WAVES, g.acc), iota(1, g.BM, g.acc), iota(2, g.BN, g.acc)
-    dump = (
-        CELLS + wave * TILE + n % 4 * 64 + n // 4 * g.BM + place
-    )  # a wave's lanes in 64 different banks
+    # a wave's lanes in 64 different banks
+    dump = CELLS + wave * TILE + n % 4 * 64 + n // 4 * g.BM + place
     for i in range(0, n_tiles, AHEAD):
         for j in gl.static_range(AHEAD):
-            if (
-                i + j <= last
-            ):  # a block of its own: LLVM moves none of it up to where its loads would be awaited
+            # a block of its own: LLVM moves none of it up to where its loads would be awaited
+            if i + j <= last:
                 steps, row, count = ring[j]
                 acc = zero
                 for step in gl.static_range(STEPS):
@@ -1065,9 +1055,8 @@ def combine_kernel(
     row = gl.where((token < T) & (slot < TOP_K), token * SLOTS + slot, 0)  # row 0 exists
     cell = (iota(0, g.WAVES, final, 4) * ROWS + row) * g.COLUMNS + iota(3, g.COLUMNS, final, 4)
     acc = partial.gather(cell.reshape(CELLS), 0).reshape(g.WAVES, TOKENS, SLOTS, g.COLUMNS)
-    acc = gl.sum(
-        gl.convert_layout(acc, final, assert_trivial=True), axis=0
-    )  # [TOKENS, SLOTS, COLUMNS]
+    # [TOKENS, SLOTS, COLUMNS]
+    acc = gl.sum(gl.convert_layout(acc, final, assert_trivial=True), axis=0)
     y = gl.sum(gl.where(valid, gate * (acc * static + bias), 0), axis=1)  # [TOKENS, COLUMNS]
     token, n = (
         iota(0, TOKENS, y.type.layout, 2),
@@ -1098,7 +1087,7 @@ class Slices(Shape):
 
     @property
     def panels(self):
-        return -(-self.N // 256)
+        return -(-self.N // PREFILL_COLUMNS.value)
 
     @property
     def step(self):  # K of a step: of one matrix instruction
@@ -1512,9 +1501,8 @@ def sliced_gemm(p, left, right, rows, columns, g: gl.constexpr):
         read_x_scales(p, 0, STEPS == 1, g),
         read_w_scales(p, 0, g),
     )
-    LOOP: gl.constexpr = max(
-        0, (STEPS - 1 - RING) // RING * RING
-    )  # whole rings before the last step is issued
+    # whole rings before the last step is issued
+    LOOP: gl.constexpr = max(0, (STEPS - 1 - RING) // RING * RING)
     for k in range(0, LOOP, RING):
         for slot in gl.static_range(RING):
             state = sliced_step(p, k + slot, slot, STEPS, state, rows, columns, g)
@@ -1583,9 +1571,8 @@ def store_swiglu(
     else:
         if g.STATIC:
             y = y * (1 / h_static)
-        q, scale = quantise(
-            y.reshape(128, 32), g.X, g.MX
-        )  # 64 columns are 32 values, in mx formats one scale group
+        # 64 columns are 32 values, in mx formats one scale group
+        q, scale = quantise(y.reshape(128, 32), g.X, g.MX)
         q = q.reshape(64, 2 * q.shape[1])
     q = in_order(q)
     v: gl.constexpr = 128 // q.shape[1]  # columns of the product in a stored element
@@ -1742,9 +1729,8 @@ def gemm(kernel: str, packed: PackedExperts) -> Gemm:
     """The decode tile of "dispatch" or "combine". Figures are for 120b (H = I = 2880, 4 of 128
     experts), mxfp8, triton 3.7.1. Raises ValueError for an inner size beyond the registers."""
     f = FORMATS[packed.activations]
-    bf16 = (
-        f.weights == torch.bfloat16
-    )  # 4 times the bytes a column: half the columns or steps for the same flight
+    # 4 times the bytes a column: half the columns or steps for the same flight
+    bf16 = f.weights == torch.bfloat16
     if kernel == "dispatch":
         # 64 columns are one scale group of h, and 360 workgroups at one token. All 6 steps of a
         # wave are in flight, 28 KB: 186 registers, 2 workgroups a CU
@@ -1775,6 +1761,17 @@ def shape(f: Format, w: PackedWeight) -> tuple:
     return w.K, w.N, f.element, f.scale == "mx", "bf16" if w.scale is None else "e2m1"
 
 
+def tile(kernel: str, packed: PackedExperts) -> str | None:
+    """Rows x columns of a workgroup of the expert GEMM that the kernel of this name computes; None
+    for a kernel that is none."""
+    if kernel.startswith("prefill_"):
+        return f"{PREFILL_ROWS.value} x {PREFILL_COLUMNS.value}"
+    if kernel.startswith(("dispatch_", "combine_")):
+        g = gemm(kernel.partition("_")[0], packed)
+        return f"{g.BM} x {g.BN}"
+    return None
+
+
 def prefill_grid(g: Slices, routing) -> tuple[int]:
     return (triton.cdiv(len(routing.tiles) * g.panels, XCDS.value) * XCDS.value,)
 
@@ -1803,7 +1800,8 @@ def gating_gemm(x, router_weight, router_bias, packed: PackedExperts, top_k: int
         T <= DECODE_TOKENS,
         triton.next_power_of_2(top_k),
     )
-    BM, R, experts = 16 if decode else 128, T * slots, max(16, triton.next_power_of_2(E))
+    BM = DECODE_TOKENS if decode else PREFILL_ROWS.value
+    R, experts = T * slots, max(16, triton.next_power_of_2(E))
     integers = {"dtype": torch.int32, "device": device}
     chosen, gates = (
         torch.empty(T, slots, **integers),

@@ -242,9 +242,8 @@ def test_streams_interleave_and_match_generate(tmp_path):
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([[1.0, 3.0, 2.0, -1.0, 2.5]])
     n = 100_000
-    draws = [
-        (i + 0.5) / n for i in range(n)
-    ]  # a grid: counts are n times the shares, to a step and float32's 1e-7 n
+    # a grid: counts are n times the shares, to a step and float32's 1e-7 n
+    draws = [(i + 0.5) / n for i in range(n)]
     for temperature, top_k, top_p, kept in (
         (1.0, None, None, [0, 1, 2, 3, 4]),
         (0.5, None, None, [0, 1, 2, 3, 4]),
@@ -462,7 +461,10 @@ def test_harmony_format(tiny):
 
 def test_reader_tells_channels_apart(tiny):
     reader = gptoss.Reader(tiny[1], chat=True)
-    text = "<|channel|>analysis<|message|>7+5…<|end|><|start|>assistant<|channel|>final<|message|>Café 🙂"
+    text = (
+        "<|channel|>analysis<|message|>7+5…<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Café 🙂"
+    )
     events = [reader.read(token) for token in tiny[1].encode(text, allowed_special="all")]
     shown = {
         name: "".join(t for channel, t in events if channel == name)

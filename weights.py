@@ -67,9 +67,8 @@ class Config:
     head_dim: int = keys("head_dim")
     num_local_experts: int = keys("num_local_experts", "num_experts")
     num_experts_per_tok: int = keys("num_experts_per_tok", "experts_per_token")
-    sliding_window: int = keys(
-        "sliding_window"
-    )  # keys that a query of a sliding layer sees, its own included
+    # keys that a query of a sliding layer sees, its own included
+    sliding_window: int = keys("sliding_window")
     swiglu_limit: float = keys("swiglu_limit")
     rope_theta: float = keys("rope_theta", "rope_parameters.rope_theta")
     rope_factor: float = keys(
@@ -81,11 +80,12 @@ class Config:
     rope_beta_slow: float = keys(
         "rope_scaling.beta_slow", "rope_parameters.beta_slow", "rope_ntk_alpha"
     )
+    # tokens, before YaRN
     initial_context_length: int = keys(
         "rope_scaling.original_max_position_embeddings",
         "initial_context_length",
         "rope_parameters.original_max_position_embeddings",
-    )  # tokens, before YaRN
+    )
     max_position_embeddings: int = keys("max_position_embeddings")  # tokens
     rms_norm_eps: float = keys("rms_norm_eps")
     layer_types: tuple[str, ...] = keys("layer_types")
@@ -155,9 +155,8 @@ class Config:
             return () if name == "eos_token_id" else None
         if name == "max_position_embeddings":
             return int(earlier["initial_context_length"] * earlier["rope_factor"])
-        return {"rms_norm_eps": 1e-5, "eos_token_id": (200002, 199999, 200012)}.get(
-            name
-        )  # return, endoftext, call
+        # return, endoftext, call
+        return {"rms_norm_eps": 1e-5, "eos_token_id": (200002, 199999, 200012)}.get(name)
 
 
 def published(size: str) -> Config:
@@ -388,12 +387,13 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def random(config: Config, layout: str, device="cpu", seed: int = 0) -> Checkpoint:
-    """Made-up weights of true shapes, on `device`, as a checkpoint of that layout would load. They
-    are drawn a layer at a time, and packed experts are never held unpacked."""
-    generator = torch.Generator(device).manual_seed(seed)
+    """Made-up weights of true shapes, on `device`, as a checkpoint of that layout would load; on
+    "meta", the shapes alone. They are drawn a layer at a time, and packed experts are never held
+    unpacked."""
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def draw_group(group: list[Stored]) -> list[torch.Tensor]:
-        return [draw(stored, generator) for stored in group]
+        return [draw(stored, device, generator) for stored in group]
 
     return assemble(config, layout, draw_group, "random weights")
 
@@ -403,12 +403,12 @@ def random_tensors(config: Config, layout: str, seed: int = 0) -> dict[str, torc
     generator = torch.Generator().manual_seed(seed)
     layers = (None, *range(config.num_hidden_layers))
     groups = [tensors_of(config, layout, layer) for layer in layers]
-    return {stored.name: draw(stored, generator) for group in groups for stored in group}
+    return {stored.name: draw(stored, "cpu", generator) for group in groups for stored in group}
 
 
-def draw(stored: Stored, generator: torch.Generator) -> torch.Tensor:
+def draw(stored: Stored, device, generator: torch.Generator | None) -> torch.Tensor:
     """Weights under which the products of a layer stay of the order of its inputs."""
-    options = {"generator": generator, "device": generator.device}
+    options = {"generator": generator, "device": device}
     if stored.dtypes == DTYPES["u8"]:
         return torch.randint(256, stored.shape, dtype=torch.uint8, **options)
     if stored.dtypes == DTYPES["e8m0"]:
@@ -470,17 +470,14 @@ def as_experts(layout: str, fields: dict) -> Experts:
     """The layer's expert tensors in the shapes of Experts: all views."""
     for name in ("gate_up", "down"):
         if layout == "hf-bf16":
-            fields[f"{name}_weight"] = fields[f"{name}_weight"].transpose(
-                1, 2
-            )  # [E, in, out] -> [E, out, in]
+            # [E, in, out] -> [E, out, in]
+            fields[f"{name}_weight"] = fields[f"{name}_weight"].transpose(1, 2)
         elif layout == "quark":
-            fields[f"{name}_input_scale"] = float(
-                fields[f"{name}_input_scale"].float().max()
-            )  # [E] -> one
+            # [E] -> one
+            fields[f"{name}_input_scale"] = float(fields[f"{name}_input_scale"].float().max())
         else:
-            fields[f"{name}_weight"] = fields[f"{name}_weight"].flatten(
-                -2
-            )  # [E, out, in/32, 16] -> [E, out, in/2]
+            # [E, out, in/32, 16] -> [E, out, in/2]
+            fields[f"{name}_weight"] = fields[f"{name}_weight"].flatten(-2)
     return Experts(**fields)
 
 
@@ -679,9 +676,8 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
             f"{file}: not a byte-level BPE tokenizer with a Split pattern "
             f"({type(error).__name__}: {error})"
         ) from error
-    if order != sorted(
-        order
-    ):  # tiktoken merges the lowest id first, so ids must rise with the merges
+    # tiktoken merges the lowest id first, so ids must rise with the merges
+    if order != sorted(order):
         raise CheckpointError(f"{file}: token ids do not rise in the order of the merges")
     if missing := [b for b in range(256) if bytes([b]) not in ranks]:
         raise CheckpointError(f"{file}: no token for the bytes {missing}")

@@ -40,9 +40,8 @@ class Launch:
     counters: object = None
     seconds: float = 0.0  # of emulation, nothing to do with the hardware's time
     program: object = field(default=None, repr=False)
-    trace: list = field(
-        default=None, repr=False
-    )  # `emulate(trace=...)`: indices into program.code, as executed
+    # `emulate(trace=...)`: indices into program.code, as executed
+    trace: list = field(default=None, repr=False)
 
 
 class Utils:
@@ -51,13 +50,8 @@ class Utils:
 
     @staticmethod
     def load_binary(name, binary, shared, device):
-        return (
-            name,
-            name,
-            0,
-            0,
-            1024,
-        )  # module, function, registers, spills, threads a workgroup may have
+        # module, function, registers, spills, threads a workgroup may have
+        return (name, name, 0, 0, 1024)
 
     @staticmethod
     def get_device_properties(device):

@@ -253,9 +253,8 @@ def scalar_load(ins):
     get_offset, imm = reader(offset, "u32"), ins.mods.get("offset", 0)
 
     def run(w):
-        addr = (pair(w.s, base.index) + np.asarray(get_offset(w)).astype(i64) + imm) & ~np.int64(
-            3
-        )  # [n, 1]
+        # [n, 1]
+        addr = (pair(w.s, base.index) + np.asarray(get_offset(w)).astype(i64) + imm) & ~np.int64(3)
         parts = w.m.memory.locate(w, ins, addr, nbytes, None)
         for span, off, _ in parts:
             span.mark("read", off, nbytes)
@@ -433,9 +432,8 @@ def transpose(values, bits):
     """ds_read_b64_tr_b{16,8,4}: a row of 16 lanes holds 16 x c elements, c a lane, in memory order;
     lane i gets element i of every stored row: out[i][j] = in[(16 j + i) // c][i % c] (for b16, c =
     4: in[4 j + i // 4][i % 4])."""
-    flat = np.ascontiguousarray(values.transpose(1, 2, 0)).view(
-        {16: u16, 8: u8, 4: u8}[bits]
-    )  # n, 64, elements
+    # n, 64, elements
+    flat = np.ascontiguousarray(values.transpose(1, 2, 0)).view({16: u16, 8: u8, 4: u8}[bits])
     if bits == 4:
         flat = np.stack([flat & 15, flat >> 4], axis=-1).reshape(*flat.shape[:2], -1)
     c = flat.shape[2]

@@ -37,10 +37,8 @@ from .isa import (
 
 LANES = np.arange(64)
 SIZE = {"b1": 64} | {name: t(0).itemsize * 8 for name, t in NUMPY.items()}
-HALF_TURN = (
-    0.15915494,
-    0.15915494309189532,
-)  # how the inline constant 1 / (2 pi) is printed, f32 and f64
+# how the inline constant 1 / (2 pi) is printed, f32 and f64
+HALF_TURN = (0.15915494, 0.15915494309189532)
 
 
 class Unsupported(Exception):
@@ -68,9 +66,8 @@ def constant_bits(opd, typename):
     vector operands")."""
     size = SIZE[typename]
     if opd.kind == "float":
-        ftype = {16: f16, 32: f32, 64: f64}[
-            size
-        ]  # by operand width, also where the type is an integer's
+        # by operand width, also where the type is an integer's
+        ftype = {16: f16, 32: f32, 64: f64}[size]
         exact = 0.5 / np.pi if opd.value in HALF_TURN else opd.value
         bits = int(ftype(exact).view({f16: u16, f32: u32, f64: u64}[ftype]))
     elif opd.kind == "hex" and typename == "f64":
@@ -293,9 +290,8 @@ def arithmetic(ins):
             raise Unsupported("clamp of this integer result")
         fn = saturating(fn, dst_types[0])
     operands, mods, vector = list(ins.operands), ins.mods, ins.op.startswith("v_")
-    if re.fullmatch(
-        r"s_(mov|add|mul|cmp)k_\w*i32", ins.op
-    ):  # a 16-bit constant, printed unsigned, sign-extended
+    # a 16-bit constant, printed unsigned, sign-extended
+    if re.fullmatch(r"s_(mov|add|mul|cmp)k_\w*i32", ins.op):
         operands[-1] = Operand("int", value=(operands[-1].value & 0xFFFF ^ 0x8000) - 0x8000)
     op_sel = mods.get("op_sel", [0] * 4)
     puts, dst = [], None

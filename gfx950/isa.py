@@ -53,9 +53,8 @@ class Format:
         code = (q + ((e + self.bias - 1).astype(f64) * 2**self.mbits)).astype(i64)
         top = int(np.flatnonzero(self.table[: self.sign] == self.max)[0])
         over = (code > top) | np.isinf(x)
-        full = (
-            top if saturate or self.top == "finite" else top + 1
-        )  # e4m3: NaN follows 448; e5m2: infinity does
+        # e4m3: NaN follows 448; e5m2: infinity does
+        full = top if saturate or self.top == "finite" else top + 1
         code = np.where(over, full, code)
         code = np.where(np.isnan(x), top if self.top == "finite" else self.nan, code)
         return (code + np.where(np.signbit(x), self.sign, 0)).astype(u8)
@@ -112,9 +111,8 @@ def fma64(a, b, c, exponent=0):
 
 
 def fma16(a, b, c):
-    return (a.astype(f64) * b.astype(f64) + c.astype(f64)).astype(
-        f16
-    )  # 22 + 11 bits: exact but for huge exponents
+    # 22 + 11 bits: exact but for huge exponents
+    return (a.astype(f64) * b.astype(f64) + c.astype(f64)).astype(f16)
 
 
 def pick_zero(r, a, b, op):

@@ -155,6 +155,7 @@ DPP = {
     "bank_mask",
     "bound_ctrl",
 }
+# sc0: also return old values
 MODIFIERS = [
     (re.compile(pattern), known)
     for pattern, known in (  # what the handlers look at; first match
@@ -172,7 +173,7 @@ MODIFIERS = [
         (r"s_.*", set()),
         (r".*", {"offset", "offen", "idxen", "lds", "sc0", "sc1", "nt"}),
     )
-]  # sc0: also return old values
+]
 
 
 def build(ins):
@@ -302,12 +303,10 @@ class Machine:
             )
         self.memory = memory.Memory(spans)
 
-        self.vector[0][:] = (self.wave_of[:, None] * 64 + np.arange(64)).astype(
-            u32
-        )  # work-item id x; y = z = 0
-        first = 2 * (
-            d.get("user_sgpr_dispatch_ptr", 0) + d.get("user_sgpr_queue_ptr", 0)
-        )  # those two stay poison
+        # work-item id x; y = z = 0
+        self.vector[0][:] = (self.wave_of[:, None] * 64 + np.arange(64)).astype(u32)
+        # those two stay poison
+        first = 2 * (d.get("user_sgpr_dispatch_ptr", 0) + d.get("user_sgpr_queue_ptr", 0))
         self.scalar[first][:], self.scalar[first + 1][:] = (
             self.kernarg & 0xFFFFFFFF,
             self.kernarg >> 32,

@@ -37,9 +37,8 @@ SELECT = {
     1: E5M2,
     4: E2M1,
 }  # cbsz (A) and blgp (B) of f8f6f4; 2 and 3 are the 6-bit formats
-FP4_PAIR = np.stack(
-    [np.tile(E2M1.table, 16), np.repeat(E2M1.table, 16)], axis=1
-)  # byte -> (low, high) nibble
+# byte -> (low, high) nibble
+FP4_PAIR = np.stack([np.tile(E2M1.table, 16), np.repeat(E2M1.table, 16)], axis=1)
 FLOPS_PER_CYCLE = {
     "bf16": 1024,
     "f16": 1024,
@@ -146,13 +145,11 @@ def mfma(ins):
             x, y = (
                 lane_values(w, o, f).reshape(w.n, 16, 4, -1) for o, f in ((a, fmt_a), (b, fmt_b))
             )
-            d = (
-                np.matmul(x, y.swapaxes(-1, -2)).transpose(2, 0, 1, 3).reshape(4, w.n, 64)
-            )  # row, n, lane
+            # row, n, lane
+            d = np.matmul(x, y.swapaxes(-1, -2)).transpose(2, 0, 1, 3).reshape(4, w.n, 64)
         else:
-            d = np.matmul(
-                operand(w, a, fmt_a, 0), operand(w, b, fmt_b, 1).swapaxes(1, 2)
-            )  # n, row, col
+            # n, row, col
+            d = np.matmul(operand(w, a, fmt_a, 0), operand(w, b, fmt_b, 1).swapaxes(1, 2))
             split = (w.n, 4, 4, 16) if dim == 16 else (w.n, 4, 2, 4, 32)
             if out == "f64":  # row = 4 r + g
                 d = d.reshape(split).transpose(1, 0, 2, 3).reshape(4, w.n, 64)
@@ -164,9 +161,8 @@ def mfma(ins):
         results = [
             (d[r].astype(add_in) + (acc if constant else acc[r])).astype(dtype) for r in range(regs)
         ]
-        for r, value in enumerate(
-            results
-        ):  # C is read before any of D is written: they may overlap
+        # C is read before any of D is written: they may overlap
+        for r, value in enumerate(results):
             bits = value.view(u64 if wide == 2 else u32)
             for half in range(wide):
                 w.set_v(

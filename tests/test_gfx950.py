@@ -888,10 +888,11 @@ def test_fp4_conversions():
             text, [(b, ONE, 0x40800000) for b in bits_of([4 * v for v in x], torch.float32)]
         )[0]
         assert [FP4[g >> 8 * sel & 15] for g in got] == y
+        # 1 / 4 -> 0
         assert all(
             (g >> 8 * sel & 0xF0) == 0 and g | 255 << 8 * sel == 0xA5A5A5A5 | 255 << 8 * sel
             for g in got
-        )  # 1 / 4 -> 0
+        )
 
 
 def test_bf16_f16_conversions():
@@ -1172,9 +1173,8 @@ def test_exec_masks_writes_and_sources():
     )
     assert b.v(0).tolist() == [i if 4 <= i < 8 else 7 for i in range(64)]
     assert b.s(4) == 4 and b.s64(6) == 0xF0 and b.s64(8) == 0xF0
-    assert b.v(1).tolist() == [
-        i - 1 if 5 <= i < 8 else 7 for i in range(64)
-    ]  # lane 4's source is off
+    # lane 4's source is off
+    assert b.v(1).tolist() == [i - 1 if 5 <= i < 8 else 7 for i in range(64)]
     assert b.v(2).tolist() == [i if 4 <= i < 6 else 7 for i in range(64)]
     assert b.v(3).tolist() == [5 if i == 5 else 7 for i in range(64)] and b.s64(106) == 0x20
 
@@ -1361,10 +1361,8 @@ def test_scaled_mfma(fa, fb, d, k):
     n = d * d // 64
     for byte_a, byte_b in ((0, 3), (2, 1)):
         regs = {4 + i: r for i, r in enumerate(ra)} | {12 + i: r for i, r in enumerate(rb)}
-        for reg, s, byte in (
-            (20, sa, byte_a),
-            (21, sb, byte_b),
-        ):  # lane D g + i: the scale of row i, block g
+        # lane D g + i: the scale of row i, block g
+        for reg, s, byte in ((20, sa, byte_a), (21, sb, byte_b)):
             regs[reg] = [
                 (s[lane % d, lane // d].item() << 8 * byte) | (0x7F7F7F7F & ~(255 << 8 * byte))
                 for lane in range(64)
@@ -1435,9 +1433,8 @@ def test_vector_loads_complete_in_order(schedule):
         gfx950.GPUFault, match=r"v1 used before the load(.|\n)*line 1(.|\n)*line 3(.|\n)*lane 0"
     ):
         Bench([*LOADS, wait[0], "v_mov_b32_e32 v2, v1"], addresses(), spans=[x], schedule=schedule)
-    with pytest.raises(
-        gfx950.GPUFault, match="v0 used before"
-    ):  # overwriting it is as bad: the load lands later
+    # overwriting it is as bad: the load lands later
+    with pytest.raises(gfx950.GPUFault, match="v0 used before"):
         Bench([*LOADS, "v_mov_b32_e32 v0, 0"], addresses(), spans=[x], schedule=schedule)
     Bench(
         [*LOADS, "v_mov_b32_e32 v2, v1"], addresses(), spans=[x], timing="eager", schedule=schedule
@@ -1463,9 +1460,8 @@ def test_scalar_loads_may_come_out_of_order():
     assert b.s(9) == 1 and b.v(1)[5] == 20
     with pytest.raises(gfx950.GPUFault, match="s8 used before"):
         Bench([x.format(1) for x in lines] + ["s_mov_b32 s9, s8"], v, s, [x], lds=256)
-    with pytest.raises(
-        gfx950.GPUFault, match="v0 used before"
-    ):  # one may be outstanding: the read, or the scalar load
+    # one may be outstanding: the read, or the scalar load
+    with pytest.raises(gfx950.GPUFault, match="v0 used before"):
         Bench([x.format(1) for x in lines] + ["v_mov_b32_e32 v1, v0"], v, s, [x], lds=256)
 
 
@@ -1720,9 +1716,8 @@ def test_lds_cycles():
     """The model of `counters`: 256 bytes a cycle reading, 128 writing and copying, an extra pass
     for each conflict."""
     x = tensor(range(256))
-    rows = (
-        IDS % 16 * 256 + (IDS // 16 ^ IDS % 16) * 16
-    )  # 16 rows of 256 bytes, 16-byte columns swizzled by the row
+    # 16 rows of 256 bytes, 16-byte columns swizzled by the row
+    rows = IDS % 16 * 256 + (IDS // 16 ^ IDS % 16) * 16
     # addresses of the lanes, or their stride in bytes -> cycles in all, of them for conflicts
     cases = (
         ("ds_read_b32 v0, v4", 4, 1, 0),

@@ -105,11 +105,12 @@ def layernorm_kernel(x, weight, bias, out, n, eps, BLOCK: tl.constexpr):
 
 @case
 def layernorm():
+    # 1 ULP near 4
     for dtype, tolerance in (
         (torch.float32, 2e-6),
         (torch.bfloat16, 2.0**-5),
         (torch.float16, 2.0**-8),
-    ):  # 1 ULP near 4
+    ):
         x, w, b = (
             torch.randn(7, 200, dtype=dtype),
             torch.randn(200, dtype=dtype),
@@ -733,9 +734,8 @@ def division_and_square_root():
     x, y = torch.cat([x, special.repeat(7)]), torch.cat([y, special.repeat_interleave(7)])
     out = torch.empty(2, len(x))
     correctly_rounded_kernel[(6,)](x, y, out, len(x), 128)
-    with np.errstate(
-        all="ignore"
-    ):  # numpy, as torch's vectorised square root is off by one ULP at times
+    # numpy, as torch's vectorised square root is off by one ULP at times
+    with np.errstate(all="ignore"):
         yield out, torch.from_numpy(np.stack([x.numpy() / y.numpy(), np.sqrt(x.abs().numpy())])), 0
 
 
@@ -829,9 +829,8 @@ def casts():
             given = v if dtype.is_floating_point else v.nan_to_num().clamp(-100, 100)
             out = torch.empty(len(v), dtype=dtype)
             cast_kernel[(7,)](given, out, len(v), 64)
-            top = {torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344}.get(
-                dtype, math.inf
-            )  # Triton's casts saturate
+            # Triton's casts saturate
+            top = {torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344}.get(dtype, math.inf)
             yield out, given.float().clamp(-top, top).to(dtype), 0
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         codes, out = torch.arange(256, dtype=torch.uint8).view(dtype), torch.empty(256)
@@ -1123,9 +1122,8 @@ def scaled_pipeline_kernel(
     """C = A (B scaled)^T, A e4m3, B mxfp4 [N, K/2], K a multiple of BK; copies double-buffered,
     scales in registers."""
     mma: gl.constexpr = gl.amd.AMDMFMALayout(4, [16, 16, 128], True, [1, 4])
-    load_a: gl.constexpr = gl.BlockedLayout(
-        [1, 16], [4, 16], [4, 1], [1, 0]
-    )  # BK is 256: a wave copies 4 rows
+    # BK is 256: a wave copies 4 rows
+    load_a: gl.constexpr = gl.BlockedLayout([1, 16], [4, 16], [4, 1], [1, 0])
     load_b: gl.constexpr = gl.BlockedLayout([1, 16], [8, 8], [4, 1], [1, 0])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 16)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 16)
@@ -1301,9 +1299,8 @@ def test_every_wait_one_looser(name):
         list_or_tuple(run())
     program, tried = gpu.launches[0].program, 0
     drain = gpu.launches[0].counters.loop()["last"] if "buffer" in name else len(program.code)
-    for pc, ins in enumerate(
-        program.code[:drain]
-    ):  # past its loop a pipeline drains copies that nobody reads
+    # past its loop a pipeline drains copies that nobody reads
+    for pc, ins in enumerate(program.code[:drain]):
         for counter, queue in (("vmcnt", "vm"), ("lgkmcnt", "ds")):
             if ins.op == "s_waitcnt" and counter in ins.mods:
                 old = replace(
@@ -1378,16 +1375,12 @@ def test_counters():
         and launch.grid == (2, 2, 1)
         and launch.profile["lds"] == 3 * 2 * 64 * 64 * 2
     )
-    assert (
-        counters.instructions["matrix"] == 16 * 5 * 8
-    )  # waves x K tiles x MFMAs of a 32 x 32 x 64 tile
+    # waves x K tiles x MFMAs of a 32 x 32 x 64 tile
+    assert counters.instructions["matrix"] == 16 * 5 * 8
     assert counters.cycles["matrix"] == 16 * counters.instructions["matrix"]
     a, b, out = (counters.tensors[name] for name in "abc")
-    assert (a["read"], a["read_unique"], a["size"]) == (
-        2 * m * k * 2,
-        m * k * 2,
-        m * k * 2,
-    )  # once per column of tiles
+    # once per column of tiles
+    assert (a["read"], a["read_unique"], a["size"]) == (2 * m * k * 2, m * k * 2, m * k * 2)
     assert (b["read"], b["read_unique"]) == (2 * n * k * 2, n * k * 2)
     assert out == {
         "size": m * n * 4,
@@ -1396,9 +1389,8 @@ def test_counters():
         "write": m * n * 4,
         "write_unique": m * n * 4,
     }
-    assert (
-        counters.peak_bytes_in_flight == 2 * 4 * 1024
-    )  # two tiles, four 16-byte copies a lane each
+    # two tiles, four 16-byte copies a lane each
+    assert counters.peak_bytes_in_flight == 2 * 4 * 1024
     loop = counters.loop()
     assert (
         loop["instructions"]["matrix"] == 8
@@ -1420,10 +1412,8 @@ def test_trace(timing, schedule):
         (launch,) = gpu.launches
         code, trace = launch.program.code, launch.trace
         assert trace[0] == 0 and code[trace[-1]].op == "s_endpgm"
-        assert np.bincount(trace).max() in (
-            steps[workgroup],
-            steps[workgroup] + 1,
-        )  # the loop's test has one more
+        # the loop's test has one more
+        assert np.bincount(trace).max() in (steps[workgroup], steps[workgroup] + 1)
         jumps = {(a, b) for a, b in itertools.pairwise(trace) if b != a + 1}
         assert all(code[a].op.startswith(("s_branch", "s_cbranch")) for a, b in jumps)
         total += np.bincount(trace, minlength=len(code))
@@ -1481,17 +1471,15 @@ def test_draw_loop():
         for x, b in zip(lefts, boxes, strict=True)
         if b.get("class") == "c0"
     ]
-    assert all(
-        end <= start for (_, end), (start, _) in itertools.pairwise(spans)
-    )  # one matrix pipe
+    # one matrix pipe
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     tips = [b[0].text.split()[0] for b in boxes if len(b)]
     loop = launch.counters.loop()
     body = [ins.op for ins in launch.program.code[loop["first"] : loop["last"] + 1]]
     for op in ("s_barrier", "s_waitcnt", "buffer_load_dwordx4"):  # all of two iterations
         assert tips.count(op) == 2 * body.count(op) > 0
-    assert (
-        "test_gfx950_kernels.py:" in svg and str(Path.cwd()) not in svg
-    )  # names lines, not this machine's folders
+    # names lines, not this machine's folders
+    assert "test_gfx950_kernels.py:" in svg and str(Path.cwd()) not in svg
     with pytest.raises(SystemExit, match="enters pipeline_kernel's loop 3 times, 4 needed"):
         drawn_pipeline(192)
 
@@ -1591,9 +1579,8 @@ def test_fault_names_line_wave_lane_address():
     )
     text = str(fault.value)
     assert f"test_gfx950_kernels.py:{line + 1}" in text or f"test_gfx950_kernels.py:{line}" in text
-    assert re.search(
-        r"wave 0 of workgroup \(1, 0, 0\), lane 44, address 0x", text
-    )  # element 300 = 256 + 44
+    # element 300 = 256 + 44
+    assert re.search(r"wave 0 of workgroup \(1, 0, 0\), lane 44, address 0x", text)
 
 
 def test_empty_tensors_are_poisoned():

@@ -54,9 +54,8 @@ def make_experts(E, H, inner, bf16=False, seed=0):
         if bf16:
             return (torch.randn(E, n, k, generator=g) * k**-0.5).bfloat16(), None
         codes = torch.randint(0, 256, (E, n, k // 2), dtype=torch.uint8, generator=g)
-        middle = 127 - round(
-            math.log2(3 * k**0.5)
-        )  # codes are 3 rms: products of K stay of the order of x
+        # codes are 3 rms: products of K stay of the order of x
+        middle = 127 - round(math.log2(3 * k**0.5))
         return codes, torch.randint(
             middle - 2, middle + 2, (E, n, k // 32), dtype=torch.uint8, generator=g
         )
@@ -107,9 +106,8 @@ def check(got, *layer):
     """got against the oracles of a layer: (x, router_weight, router_bias, experts, top_k,
     activations)."""
     want = reference(*layer)
-    if (
-        len(got) > DECODE_TOKENS and layer[4] > 1
-    ):  # a single weighted row rounds once, as its sum does
+    # a single weighted row rounds once, as its sum does
+    if len(got) > DECODE_TOKENS and layer[4] > 1:
         assert (error := relative_error(got, want)) <= CONTRACT, f"relative L2 error {error:.2e}"
         want = rounded_rows(*layer)
     assert (error := relative_error(got, want)) <= SAME_ROUNDINGS, (
@@ -437,12 +435,10 @@ def requested(rows, N, K, activations):
 @pytest.mark.parametrize(
     "H, inner, activations",
     [
-        *(
-            (160, 96, a) for a in ORACLE
-        ),  # fewer steps than in flight; the right half of a tile partly filled
-        *(
-            (288, 224, a) for a in ORACLE
-        ),  # a last block of columns with no right half (32), or a part of it (192)
+        # fewer steps than in flight; the right half of a tile partly filled
+        *((160, 96, a) for a in ORACLE),
+        # a last block of columns with no right half (32), or a part of it (192)
+        *((288, 224, a) for a in ORACLE),
         # round the loop once (mxfp4), twice, or 7 times (bf16), in both GEMMs; 6.5 blocks of
         # columns
         (800, 832, "mxfp8"),
@@ -536,9 +532,8 @@ def test_same_bits_at_full_size(timing, schedule):
 
 
 @pytest.mark.parametrize("activations", ["mxfp8", "bf16"])
-@pytest.mark.parametrize(
-    "sizes", [(1, 2, 7, 16), (17, 40, 300)]
-)  # decode; above, with both heights of tile
+# decode; above, with both heights of tile
+@pytest.mark.parametrize("sizes", [(1, 2, 7, 16), (17, 40, 300)])
 def test_a_token_does_not_see_its_batch(sizes, activations):
     experts = make_experts(8, 192, 160, activations == "bf16")
     packed, (x, router_weight, router_bias) = (
@@ -915,9 +910,8 @@ def full_tiles(activations):
         routing = moe_gluon.gating_gemm(*make_inputs(128, 1, 2880), dispatch, 1)
         routing.tiles = routing.tiles[:1]  # the one tile there is: no workgroup without work
         moe_gluon.dispatch_swiglu(routing, dispatch)
-        moe_gluon.combine(
-            routing.x, routing.x_scale, routing, combine
-        )  # x serves as h: it has the size and format
+        # x serves as h: it has the size and format
+        moe_gluon.combine(routing.x, routing.x_scale, routing, combine)
     return [launch for launch in gpu.launches if launch.name.startswith("prefill")]
 
 
@@ -931,13 +925,10 @@ def figures(launch):
     pipe, the issue of all else or LDS is busy throughout. No latencies."""
     c, waves, code = launch.counters, launch.waves, launch.program.code
     body = range(c.loop()["first"], c.loop()["last"] + 1)
-    iterations = int(
-        c.counts[next(pc for pc in body if code[pc].op == "s_barrier")]
-    )  # of all waves
-    (inside, in_cycles), each = (
-        c.total(body[0], body[-1] + 1, iterations),
-        iterations // waves,
-    )  # of a wave
+    # of all waves
+    iterations = int(c.counts[next(pc for pc in body if code[pc].op == "s_barrier")])
+    # of a wave
+    (inside, in_cycles), each = (c.total(body[0], body[-1] + 1, iterations), iterations // waves)
     total = {k: n / waves for k, n in c.cycles.items()}
 
     def others(instructions, divide):  # cycles to issue all but matrix and vector instructions
@@ -1042,9 +1033,8 @@ def order(tiles, N):
             num_warps=1,
         )
     chiplets = [[(t, b) for t, b, count in programs[i::8].tolist() if count] for i in range(8)]
-    assert sorted(sum(chiplets, [])) == [
-        (t, b) for t in range(tiles) for b in range(blocks)
-    ]  # all, once
+    # all, once
+    assert sorted(sum(chiplets, [])) == [(t, b) for t in range(tiles) for b in range(blocks)]
     return chiplets
 
 
@@ -1057,9 +1047,8 @@ def test_prefill_bytes_counters(T):
     rows = (
         torch.rand(T, 128, generator=g).topk(4).indices.flatten().bincount(minlength=128).tolist()
     )
-    tiles = [
-        (e, min(128, r - i)) for e, r in enumerate(rows) for i in range(0, r, 128)
-    ]  # expert, rows
+    # expert, rows
+    tiles = [(e, min(128, r - i)) for e, r in enumerate(rows) for i in range(0, r, 128)]
     print(
         f"\n{T} tokens, {min(rows)} to {max(rows)} rows an expert, {len(tiles)} tiles\n| GEMM | "
         "weights, MB | "

@@ -75,9 +75,8 @@ def test_quantise_mx_rounds_to_nearest_even_and_saturates(activations, grid, ema
 def test_quantise_fp8_clamps():
     x = torch.tensor([1e9, -1e9, 448.0, 465.0, 0.1, -0.0])
     assert gptoss.quantise_fp8(x, 1.0).tolist()[:4] == [448.0, -448.0, 448.0, 448.0]
-    assert (
-        gptoss.quantise_fp8(x, 2.0).tolist()[3] == 2 * 240.0
-    )  # 232.5 is nearest to 240 in steps of 16
+    # 232.5 is nearest to 240 in steps of 16
+    assert gptoss.quantise_fp8(x, 2.0).tolist()[3] == 2 * 240.0
 
 
 @pytest.mark.parametrize("activations", gptoss.ACTIVATIONS)

@@ -447,9 +447,8 @@ class Author:
     def small_talk(self):
         wordings, analysis, answer = self.rng.choice(TALK)
         user = self.ask(wordings)
-        fresh = held_out(user.lower()) and user.lower() not in wordings.lower().split(
-            "|"
-        )  # plain ones are trained on
+        # plain ones are trained on
+        fresh = held_out(user.lower()) and user.lower() not in wordings.lower().split("|")
         analysis, answer = (
             s.format(date=self.date, effort=self.effort) for s in (analysis, answer)
         )
@@ -741,9 +740,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.dim))
         scores = torch.einsum("blkgd,bmkd->bkglm", q, k).float() / math.sqrt(self.dim)
         scores = scores.masked_fill(~mask, float("-inf"))
-        sink = (
-            self.sinks.float().view(self.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        )  # a key without a value
+        # a key without a value
+        sink = self.sinks.float().view(self.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
         weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1].to(v.dtype)
         return self.o_proj(torch.einsum("bkglm,bmkd->blkgd", weights, v).flatten(2))
 

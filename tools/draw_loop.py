@@ -19,14 +19,8 @@ import moe_gluon
 from gfx950.counters import classify
 from weights import Experts
 
-ISSUE, WIDTH, LEFT, TOP, ROW, LABELS = (
-    4,
-    1200,
-    120,
-    86,
-    26,
-    3,
-)  # cycles; pixels; lines of labels under the last row
+# cycles; pixels; lines of labels under the last row
+ISSUE, WIDTH, LEFT, TOP, ROW, LABELS = (4, 1200, 120, 86, 26, 3)
 ROWS = (  # label, colour on light, on dark, classes of instructions
     ("matrix", "c2410c", "fb8b4b", "matrix"),
     ("LDS", "1d6fb8", "5cacee", "lds"),
