@@ -312,13 +312,14 @@ def dispatch_swiglu(
 ) -> Tensor:
     """x [T, H] through the first GEMM of its experts and SwiGLU: gate sigmoid(1.702 gate) (up + 1),
     both clamped before. -> float32 [T*k, I], rows by expert, as the second GEMM sees them."""
-    seen = as_seen(x.float(), x.dtype, activations, experts.gate_up_input_scale)
+    seen = as_seen(x, activations, experts.gate_up_input_scale)
     rows = seen.index_select(0, routing.order // routing.chosen.shape[1])  # [T*k, H]
     weight, scale, bias = experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias
     h = expert_linear(rows, routing.counts, weight, scale, bias)  # [T*k, 2I]
     gate, up = h[:, 0::2].clamp(max=swiglu_limit), h[:, 1::2].clamp(-swiglu_limit, swiglu_limit)
     h = gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)  # [T*k, I]
-    return as_seen(h, x.dtype, activations, experts.down_input_scale)
+    h = h.to(x.dtype) if activations == "bf16" else h
+    return as_seen(h, activations, experts.down_input_scale)
 
 
 def combine(h: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -330,11 +331,15 @@ def combine(h: Tensor, routing: Routing, experts: Experts) -> Tensor:
     return (y * routing.gates[..., None]).sum(1)  # [T, k, H] -> [T, H]
 
 
-def as_seen(x: Tensor, dtype: torch.dtype, activations: str, scale: float | None) -> Tensor:
-    """float32 x as an expert GEMM sees it: rounded to the model's dtype or to a format; float32."""
+def as_seen(x: Tensor, activations: str, scale: float | None) -> Tensor:
+    """x as an expert GEMM sees it, in float32: itself, or rounded to a format."""
     if activations == "bf16":
-        return x.to(dtype).float()
-    return quantise_fp8(x, scale) if activations == "fp8" else quantise_mx(x, activations)
+        return x.float()
+    return (
+        quantise_fp8(x.float(), scale)
+        if activations == "fp8"
+        else quantise_mx(x.float(), activations)
+    )
 
 
 def expert_linear(x: Tensor, counts: dict[int, int], weight: Tensor, scale, bias) -> Tensor:

@@ -1,11 +1,15 @@
 """Tests of the tools: floors by hand, the routing they make up, a small run of each."""
 
 import itertools
+import sys
 
 import bench_moe
 import pytest
 import torch
+from common import TINY
 
+import gfx950
+import moe_gluon
 import weights
 
 

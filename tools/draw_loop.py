@@ -9,15 +9,19 @@ its cycles (`gfx950.counters`); LDS serves the same instruction of all waves of 
 turn, and `lgkmcnt` waits for it. Nothing else costs time."""
 
 import argparse
+import sys
 from html import escape
+from pathlib import Path
 
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from counts import packed_experts
+
 import gfx950
 import moe_gluon
 from gfx950.counters import classify
-from weights import Experts
 
 # cycles; pixels; lines of labels under the last row
 ISSUE, WIDTH, LEFT, TOP, ROW, LABELS = (4, 1200, 120, 86, 26, 3)
@@ -46,26 +50,8 @@ STYLE = (
 def problem(tokens, hidden, inner, experts, activations):
     """Arguments of `moe_gluon.moe`: random, each token to one expert."""
 
-    def weight(n, k):  # [E, n, k] and its scales
-        if activations == "bf16":
-            return (torch.randn(experts, n, k) * k**-0.5).bfloat16(), None
-        return torch.randint(256, (experts, n, k // 2)).byte(), torch.full(
-            (experts, n, k // 32), 120
-        ).byte()
-
-    layer = Experts(
-        *weight(2 * inner, hidden),
-        torch.zeros(experts, 2 * inner),
-        *weight(hidden, inner),
-        torch.zeros(experts, hidden),
-        0.02,
-        0.01,
-    )
-    x, router, packed = (
-        torch.randn(tokens, hidden),
-        torch.randn(experts, hidden),
-        moe_gluon.prepare(layer, activations),
-    )
+    x, router = torch.randn(tokens, hidden), torch.randn(experts, hidden)
+    packed = packed_experts(activations, experts, hidden, inner)
     return x.bfloat16(), router.bfloat16(), torch.zeros(experts), packed, 1, activations
 
 
