@@ -21,7 +21,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import platform
 import random
 import statistics
@@ -35,10 +34,9 @@ from torch.utils import benchmark
 
 import gptoss
 import weights
-from gptoss import GPTOSS
+from gptoss import GPTOSS, TINY
 from weights import CheckpointError, Config
 
-TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny")
 SIZES = ("20b", "120b")
 SETTINGS = ("ops", "activations", "dtype", "page_size", "max_batch")  # that --ab compares
 

@@ -36,6 +36,7 @@ from torch import Tensor
 import weights
 from weights import MX_GROUP, CheckpointError, Config, Experts
 
+TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny")  # the embedded model
 PAGE_SIZE = 16  # tokens of a KV page
 MAX_BATCH = 64  # sequences that decode together
 PREFILL_TOKENS = 1024  # tokens of a prompt that run together
@@ -870,7 +871,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--checkpoint",
-        default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny"),
+        default=TINY,
         metavar="DIR",
         help="checkpoint folder (default: the small model in tiny/)",
     )

@@ -6,6 +6,7 @@ The oracle is gptoss.moe_reference with the same activations. Nothing here ran o
 import contextlib
 import pathlib
 import re
+import types
 from dataclasses import replace
 from unittest import mock
 
