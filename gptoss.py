@@ -156,7 +156,7 @@ class Span(NamedTuple):
 
     past: Tensor  # int [2 * S * G * C], rows of D in the pool: keys, values; tokens in ring order
     hidden: Tensor  # bool [S, 1, 1, Q, C + Q + 1], what a query does not see: cached, new, the sink
-    kept: Tensor  # int [kept], which of the T new tokens stay cached
+    kept: Tensor  # int [kept], which of the T new tokens stay cached: of more than C the last C
     write: Tensor  # int [kept], their pool slots
 
 
@@ -170,27 +170,27 @@ class Plan(NamedTuple):
 
 def plan(step: Step, config: Config) -> Plan:
     """Angles, and for each kind of layer who sees whom."""
-    positions, device = step.positions.long(), step.positions.device
+    positions, device, G = step.positions.long(), step.positions.device, config.num_key_value_heads
     frequency, factor = rope(config, device)
     angles = positions[:, :, None, None] * frequency  # [S, Q, 1, D/2]
-    queries, newest = positions[:, :, None], positions[:, :1] - 1  # [S, Q, 1], [S, 1]: cached
-    offsets, G = torch.arange(step.page_size, device=device), config.num_key_value_heads
-    heads, spans = torch.arange(2 * G, device=device).view(2, 1, G, 1), {}  # in a slot of the pool
+    first, last = positions[:, :1], positions.amax(1, keepdim=True)  # [S, 1] each
+    queries, longest = positions[:, :, None], int(first.max())  # [S, Q, 1]
+    offsets = torch.arange(step.page_size, device=device)
+    heads = torch.arange(2 * G, device=device).view(2, 1, G, 1)  # rows of a slot of the pool
+    spans = {}
     for kind, table in step.tables.items():
         slots = (table[:, :, None] * step.page_size + offsets).flatten(1)  # [S, C]
-        C, filled = slots.shape[1], slots[:, : int(newest.max()) + 1]
+        C, filled = slots.shape[1], slots[:, :longest]  # no ring is filled further
         # The position of the newest token at each ring index; negative: there is none.
-        cached = newest - (newest - torch.arange(filled.shape[1], device=device)) % C  # [S, filled]
-        keys = torch.cat([cached, positions], dim=1)[:, None]  # [S, 1, filled + Q]
+        back = (first - 1 - torch.arange(filled.shape[1], device=device)) % C
+        keys = torch.cat([first - 1 - back, positions], dim=1)[:, None]  # [S, 1, filled + Q]
         hidden = (keys < 0) | (keys > queries)  # [S, Q, filled + Q]
         if kind == "sliding_attention":
             hidden |= keys <= queries - config.sliding_window
         hidden = F.pad(hidden, (0, 1))[:, None, None]  # [S, 1, 1, Q, filled + Q + 1]
-        # Of more than C new tokens the last C stay.
-        leaving = (positions.amax(1, keepdim=True) - C).clamp(min=-1)  # [S, 1]
-        kept = (positions > leaving).flatten().nonzero()[:, 0]
+        kept = (positions > (last - C).clamp(min=-1)).flatten().nonzero()[:, 0]
         write = slots.gather(1, positions % C).flatten()[kept]
-        past = filled[:, None] * 2 * G + heads  # [S, filled] -> [2, S, G, filled]
+        past = filled[:, None] * (2 * G) + heads  # [S, filled] -> [2, S, G, filled]
         spans[kind] = Span(past.flatten(), hidden, kept, write)
     return Plan(angles.cos() * factor, angles.sin() * factor, spans)
 
