@@ -28,7 +28,7 @@ capturable = True
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
 GROUP = tl.constexpr(32)  # values that share a scale (OCP Microscaling Formats v1.0, 5.2)
 DECODE_TOKENS = 16  # up to here: one tile of tokens meets the weights of each active expert
-SPLITS, SPLIT_KEYS = 16, tl.constexpr(128)  # programs for the keys of a sequence; keys for each
+SPLITS, SPLIT_KEYS = tl.constexpr(16), tl.constexpr(128)  # parts of a sequence's keys; of a part
 
 
 def next_power(n: int, least: int = 1) -> int:
@@ -200,7 +200,6 @@ def decode_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
     HIP: tl.constexpr,
 ):
     """Program (g, s, z): part z of the keys that sequence s's one token sees, for the M query heads
@@ -236,9 +235,9 @@ def decode_kernel(
         qkv += (G * M + g) * D
         own_k = rotated(qkv, cos, sin, d, d < D, D)
         own_v = tl.load(qkv + G * D + d, mask=d < D, other=0.0)
-        at = cached(pool, table, position, g, C, G, D, PAGE, True) + d
-        tl.store(at, own_k, mask=d < D)
-        tl.store(at + G * D, own_v, mask=d < D)
+        slot = cached(pool, table, position, g, C, G, D, PAGE, True) + d
+        tl.store(slot, own_k, mask=d < D)
+        tl.store(slot + G * D, own_v, mask=d < D)
         logit = tl.sum(q.to(tl.float32) * own_k.to(tl.float32)[None, :], 1) * scale
         sink = tl.load(sinks + g * M + m, mask=m < M, other=0.0).to(tl.float32) * LOG2E
         top = tl.maximum(logit, sink)
@@ -259,7 +258,7 @@ def decode_kernel(
 
     if used > 1:
         # a part's rows: top and total in two columns beyond its D
-        row = (((s * G + g) * SPLITS) * ROWS + m) * (COLUMNS + 2)
+        row = (((s * G + g) * tl.num_programs(2)) * ROWS + m) * (COLUMNS + 2)
         mine = parts + row + z * ROWS * (COLUMNS + 2)
         tl.store(mine[:, None] + d[None, :], acc)
         tl.store(mine + COLUMNS, top)
@@ -424,19 +423,19 @@ def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -
     step = (plan.cos, plan.sin, plan.positions)
     if Q == 1:
         room = P * plan.page_size
-        splits = min(triton.cdiv(min(room, window) if sliding else room, SPLIT_KEYS.value), SPLITS)
+        most = min(room, window) if sliding else room  # keys
+        splits = min(triton.cdiv(most, SPLIT_KEYS.value), SPLITS.value)
         rows = next_power(M, 16)
         parts = qkv.new_empty(S * G * splits, rows, columns + 2, dtype=torch.float32)
         decode_kernel[(G, S, splits)](
             qkv, sinks, pool, out, *step, table, parts, plan.arrived, P, scale, window,
-            plan.page_size, M, G, D, rows, columns, 64, splits, on_hip(), num_warps=4,
+            plan.page_size, M, G, D, rows, columns, 64, on_hip(), num_warps=4,
         )  # fmt: skip
         return out
     keys = qkv.new_empty(T, G, D)
     rotate_keys_kernel[(T, G)](qkv, plan.cos, plan.sin, keys, M, G, D, columns, num_warps=1)
     heads = next_power(M)
     queries = max((128 if qkv.dtype == torch.bfloat16 else 32) // heads, 1)
-    queries = max(min(queries, next_power(Q)), 16 // heads)
     prefill_kernel[(triton.cdiv(Q, queries), G, S)](
         qkv, keys, sinks, pool, out, *step, table, Q, P, scale, window, plan.page_size, M, G, D,
         heads, queries, columns, 64 if qkv.dtype == torch.bfloat16 else 32, num_warps=4,
@@ -445,4 +444,560 @@ def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -
         qkv, keys, pool, plan.positions, plan.newest, table, Q, P, plan.page_size, M, G, D, columns,
         num_warps=1,
     )  # fmt: skip
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# Experts' weights
+
+
+@dataclass
+class Weight:
+    """One projection of all experts, its rows padded to a multiple of 16. Of gate_up each 16 rows
+    are 8 gates and then their 8 ups, so that a thread of the GEMM has both.
+
+    mxfp4, blocks of 16 rows x 64 inputs: data int32 [E, K/64, N/16, 8, 4, 4]; word (r, c, i) of a
+    block has the codes of row r + 8 (i // 2) and of the inputs 32 (i % 2) + 16 b + 8 a + 2 c + h,
+    which are what lane 4 r + c holds of an NVIDIA matrix instruction's left operand: a lane loads
+    16 bytes, and a warp 512 in a row. `spread` says where a word has the code of (a, b, h). scale
+    int32 [E, K/64, N/16, 8]: byte i of word r is for word (r, c, i).
+
+    bf16: data [E, N, K], scale None."""
+
+    data: Tensor
+    scale: Tensor | None
+    bias: Tensor  # float32 [E, padded N]
+    input_scale: float  # what the quantised inputs are multiples of
+    wide: bool  # some scale byte is above 128: two multiplications, see `dequantised`
+    N: int  # rows, without padding
+    K: int
+
+
+@dataclass
+class Packed:
+    """A layer's experts, made for one kind of activations. `arrived` counts programs and is zero
+    between launches."""
+
+    gate_up: Weight
+    down: Weight
+    activations: str
+    arrived: Tensor  # int32
+
+
+def prepare(experts, activations: str) -> Packed:
+    """Packs a layer's experts (the fields of weights.Experts) on their device, 16 experts at a
+    time. The result is as large as the input, which is left as it was. Raises ValueError for what
+    the kernels do not multiply."""
+    if activations not in ACTIVATIONS:
+        expected = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activations={activations!r}, expected one of {expected}")
+    scales = 1.0, 1.0
+    if activations == "fp8":
+        scales = experts.gate_up_input_scale, experts.down_input_scale
+        if None in scales:
+            raise ValueError(
+                "activations='fp8' need the static input scales of a Quark checkpoint; use mxfp8"
+            )
+    for weight, scale in (
+        (experts.gate_up_weight, experts.gate_up_scale),
+        (experts.down_weight, experts.down_scale),
+    ):
+        K = weight.shape[2] * (1 if scale is None else 2)
+        if weight.dtype != (torch.bfloat16 if scale is None else torch.uint8):
+            raise ValueError(
+                f"expert weights are {weight.dtype}, expected bfloat16, or uint8 with scales"
+            )
+        if K % GROUP.value and (scale is not None or activations.startswith("mx")):
+            raise ValueError(
+                f"an expert's {K} inputs are no multiple of {GROUP.value}, which share a scale"
+            )
+    gate_up = pack(experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias, scales[0], 2)
+    down = pack(experts.down_weight, experts.down_scale, experts.down_bias, scales[1], 1)
+    return Packed(gate_up, down, activations, down.bias.new_zeros(1 << 10, dtype=torch.int32))
+
+
+def pack(weight: Tensor, scale: Tensor | None, bias: Tensor, input_scale: float, pair: int):
+    """weight [E, N, ...] and its scale and bias; pair 2: rows alternate gate and up -> Weight."""
+    E, N, _ = weight.shape
+    K = weight.shape[2] * (1 if scale is None else 2)
+
+    def rows(x):  # [e, N, ...] -> [e, padded N, ...], gates and ups apart in each 16
+        padded = x.new_zeros(len(x), -(-N // 16) * 16, *x.shape[2:])
+        padded[:, :N] = x
+        order = torch.arange(padded.shape[1], device=x.device).view(-1, 16 // pair, pair)
+        return padded.index_select(1, order.mT.flatten())
+
+    bias = rows(bias.float())
+    if scale is None:
+        return Weight(rows(weight), None, bias, input_scale, False, N, K)
+    blocks = -(-K // 64), bias.shape[1] // 16  # [K/64, N/16]
+    data = torch.empty(E, *blocks, 8, 4, 4, dtype=torch.int32, device=weight.device)
+    scales = torch.empty(E, *blocks, 8, dtype=torch.int32, device=weight.device)
+    for e in range(0, E, 16):
+        part = rows(weight[e : e + 16])  # [e, N, K/2]
+        part = torch.nn.functional.pad(part, (0, blocks[0] * 32 - K // 2))
+        # [e, N/16, i // 2, r, K/64, i % 2, b, a, c], a byte is h = 0 and 1
+        part = part.view(-1, blocks[1], 2, 8, blocks[0], 2, 2, 2, 4)
+        words = sum(spread(part[..., b, a, :], a, b) for a in (0, 1) for b in (0, 1))
+        words = words.permute(0, 4, 1, 3, 6, 2, 5)  # [e, K/64, N/16, r, c, i // 2, i % 2]
+        data[e : e + 16] = words.reshape(-1, *data.shape[1:])
+        part = rows(scale[e : e + 16])  # [e, N, K/32]
+        part = torch.nn.functional.pad(part, (0, blocks[0] * 2 - K // 32))
+        part = part.view(-1, blocks[1], 2, 8, blocks[0], 2).permute(0, 4, 1, 3, 2, 5)
+        scales[e : e + 16] = part.reshape(-1, *blocks, 8, 4).view(torch.int32)[..., 0]
+    return Weight(data, scales, bias, input_scale, bool((scale > 128).any()), N, K)
+
+
+def spread(byte: Tensor, a: int, b: int) -> Tensor:
+    """Both codes (sign, two bits of exponent, mantissa) of a byte to where a word has them: the
+    first in its lower 16 bits, the second in its upper ones. Sign and magnitude of (a, b) = (0, 0)
+    are at bits 15 and 8..6, where bfloat16 has them, those of (1, 0) and (0, 1) 3 and 6 bits lower,
+    and those of (1, 1) in the bits left: 14, 13, 11, 10."""
+    v = byte.int()
+    v = (v & 15) | (v >> 4 << 16)
+    sign, magnitude = v & 0x80008, v & 0x70007
+    if (a, b) == (1, 1):
+        return (sign << 11) | ((v & 0x40004) << 11) | ((v & 0x30003) << 10)
+    lower = 3 * a + 6 * b
+    return (sign << (12 - lower)) | (magnitude << (6 - lower))
+
+
+@triton.jit
+def times(pair, factor, CUDA: tl.constexpr):
+    """Two bfloat16 in an int32, each times that of `factor` -> both, bfloat16."""
+    pair, factor = tl.broadcast(pair, factor)
+    if CUDA:  # one instruction for both; adds -0, which changes nothing, as sm_80 multiplies so
+        product = tl.inline_asm_elementwise(
+            "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }",
+            "=r,r,r", [pair, factor], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+        return halves(product)
+    first, second = halves(pair)
+    factor, _ = halves(factor)
+    return first * factor, second * factor
+
+
+@triton.jit
+def halves(pair):
+    first = (pair & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return first, (pair >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def dequantised(words, scales, KB: tl.constexpr, NB: tl.constexpr, WIDE: tl.constexpr, CUDA: tl.constexpr):
+    """words int32 [KB, NB * 32, 4], scales int32 [KB, NB * 32] -> bfloat16 [NB * 16, KB * 64].
+
+    A code's sign and magnitude where bfloat16 has its sign and the low end of its exponent are the
+    code's value times 2^-126, also where it is subnormal. One multiplication by 2^126 and the
+    scale, 2^(byte - 127), puts that right. Their product has a bfloat16 up to byte 128. `WIDE`
+    multiplies by each, and byte 255 is NaN."""
+    SIGN_AND_MAGNITUDE: tl.constexpr = 0x81C081C0 - (1 << 32)
+    i = tl.arange(0, 4) * 8
+    byte = (scales[:, :, None] >> i[None, None, :]) & 255
+    factor = byte + 126
+    if WIDE:
+        factor = tl.full(byte.shape, 126 + 127, tl.int32)
+        byte = tl.where(byte == 255, 0x7FC0, tl.where(byte == 0, 0x40, byte << 7)) * 0x10001
+    factor = factor * 0x800080
+    code00 = words & SIGN_AND_MAGNITUDE
+    code10 = (words << 3) & SIGN_AND_MAGNITUDE
+    code01 = (words << 6) & SIGN_AND_MAGNITUDE
+    code11 = (words << 1) & (0x80008000 - (1 << 32))
+    code11 |= ((words >> 5) & 0x01000100) | ((words >> 4) & 0x00C000C0)
+    a00 = value(code00, factor, byte, WIDE, CUDA)  # [KB, NB * 32, i, h]
+    a10 = value(code10, factor, byte, WIDE, CUDA)
+    a01 = value(code01, factor, byte, WIDE, CUDA)
+    a11 = value(code11, factor, byte, WIDE, CUDA)
+    w = tl.join(tl.join(a00, a01), tl.join(a10, a11))  # [KB, NB * 32, i, h, b, a]
+    w = w.reshape(KB, NB, 8, 4, 2, 2, 2, 2, 2)  # block of K, of N, r, c, i // 2, i % 2, h, b, a
+    return w.permute(1, 4, 2, 0, 5, 7, 8, 3, 6).reshape(NB * 16, KB * 64)
+
+
+@triton.jit
+def value(code, factor, byte, WIDE: tl.constexpr, CUDA: tl.constexpr):
+    first, second = times(code, factor, CUDA)
+    if WIDE:
+        scale, _ = halves(byte)
+        scale, _ = tl.broadcast(scale, first)
+        first, second = first * scale, second * scale
+    return tl.join(first, second)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mixture of experts
+
+
+@triton.jit
+def quantised(x, scale, ACTIVATIONS: tl.constexpr):
+    """float32 x [groups, 32, columns] rounded to mxfp8 (e4m3) or mxfp4 (e2m1) along its groups, or
+    to e4m3 in units of scale: float32 again, and exact in bfloat16, but for multiples of the units
+    as they are. Elements round to nearest even and saturate."""
+    MX: tl.constexpr = ACTIVATIONS != "fp8"
+    FP4: tl.constexpr = ACTIVATIONS == "mxfp4"
+    LARGEST: tl.constexpr = 6.0 if FP4 else 448.0
+    LARGEST_EXPONENT: tl.constexpr = 2 if FP4 else 8
+    MANTISSA: tl.constexpr = 1 if FP4 else 3
+    LEAST: tl.constexpr = 127 if FP4 else 121  # exponent field of the smallest normal value
+    if MX:  # float32's own exponent field is the floor of the logarithm
+        bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)[:, None, :]
+        exponent = tl.maximum((bits >> 23) - 127 - LARGEST_EXPONENT, -127)
+        x = x * ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    else:
+        x = tl.div_rn(x, tl.zeros_like(x) + scale)
+    NAN: tl.constexpr = tl.PropagateNan.ALL
+    x = tl.minimum(tl.maximum(x, -LARGEST, propagate_nan=NAN), LARGEST, propagate_nan=NAN)
+    # adding and subtracting 1.5 * 2^23 steps rounds to a step
+    field = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, LEAST)
+    magic = (((field + 23 - MANTISSA) << 23) | 0x400000).to(tl.float32, bitcast=True)
+    x = (x + magic) - magic
+    if MX:
+        power = tl.where(exponent == -127, 0x400000, (exponent + 127) << 23)
+        x = x * power.to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit(do_not_specialize=["T"])
+def route_kernel(
+    x,
+    router_weight,
+    router_bias,
+    logits,
+    chosen,
+    gates,
+    experts,
+    rows,
+    count,
+    seen,
+    arrived,
+    T,
+    scale,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PART: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+    ACTIVATIONS: tl.constexpr,
+    DECODE: tl.constexpr,
+    HIP: tl.constexpr,
+):
+    """Program (p, z, b): logits of EXPERTS experts for TOKENS tokens over part z of H, PART long;
+    p = 0 rounds this part of x to `seen`, as the first GEMM sees it. The last program of a block of
+    tokens to arrive adds the parts up and selects each token's experts. In decode it then lists the
+    active experts, and for each of them a row of pairs, by token, -1 for those not routed to it."""
+    PADDED_E: tl.constexpr = triton.next_power_of_2(E)
+    p, z, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    e = p * EXPERTS + tl.arange(0, EXPERTS)
+    acc = tl.zeros([EXPERTS, TOKENS], tl.float32)
+    for start in tl.range(z * PART, min(z * PART + PART, H), STEP):
+        k = start + tl.arange(0, STEP)
+        w = tl.load(
+            router_weight + e[:, None] * H + k[None, :],
+            mask=(e < E)[:, None] & (k < H)[None, :],
+            other=0.0,
+        )
+        there = (token < T)[:, None] & (k < H)[None, :]
+        at = token.to(tl.int64)[:, None] * H + k[None, :]
+        tile = tl.load(x + at, mask=there, other=0.0)
+        acc = tl.dot(w, tile.T, acc, input_precision="ieee")
+        if ACTIVATIONS != "bf16":
+            if p == 0:
+                groups = tile.to(tl.float32).reshape(TOKENS * STEP // GROUP, GROUP, 1)
+                rounded = quantised(groups, scale, ACTIVATIONS).reshape(TOKENS, STEP)
+                tl.store(seen + at, rounded.to(seen.dtype.element_ty), mask=there)
+    at = (z * T + token[None, :]) * E + e[:, None]
+    tl.store(logits + at, acc, mask=(e < E)[:, None] & (token < T)[None, :])
+
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    if arrive(arrived + block, tl.arange(0, TOKENS), HIP) < programs - 1:
+        return
+    tl.store(arrived + block, 0)
+    e = tl.arange(0, PADDED_E)
+    there = (token < T)[:, None] & (e < E)[None, :]
+    total = tl.zeros([TOKENS, PADDED_E], tl.float32)
+    for part in range(tl.num_programs(1)):
+        terms = logits + (part * T + token[:, None]) * E + e[None, :]
+        total += tl.load(terms, mask=there, other=0.0)
+    total += tl.load(router_bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    # integers in the order of the logits: -0 as 0, NaN above all
+    bits = (total + 0.0).to(tl.int32, bitcast=True)
+    order = tl.where(total != total, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    order = tl.where(e[None, :] < E, order, -0x80000000)
+    slots = tl.arange(0, triton.next_power_of_2(TOP_K))
+    ids = tl.zeros([TOKENS, slots.shape[0]], tl.int32)
+    gate = tl.full([TOKENS, slots.shape[0]], -float("inf"), tl.float32)
+    slot_of = tl.full([TOKENS, PADDED_E], -1, tl.int32)
+    for slot in tl.static_range(TOP_K):
+        largest = tl.max(order, 1)
+        first = tl.min(tl.where(order == largest[:, None], e[None, :], PADDED_E), 1)
+        hit = e[None, :] == first[:, None]
+        logit = tl.sum(tl.where(hit, total, 0.0), 1)
+        ids = tl.where(slots[None, :] == slot, first[:, None], ids)
+        gate = tl.where(slots[None, :] == slot, logit[:, None], gate)
+        slot_of = tl.where(hit & there, slot, slot_of)
+        order = tl.where(hit, -0x80000000, order)
+        if slot == 0:
+            top = logit
+    gate = tl.exp(gate - top[:, None])
+    gate = tl.where((slots < TOP_K)[None, :], gate, 0.0)
+    gate = gate / tl.sum(gate, 1)[:, None]
+    at = token[:, None] * TOP_K + slots[None, :]
+    there = (token < T)[:, None] & (slots < TOP_K)[None, :]
+    tl.store(chosen + at, ids, mask=there)
+    tl.store(gates + at, gate, mask=there)
+    if DECODE:
+        active = (tl.max(slot_of, 0) >= 0).to(tl.int32)  # [PADDED_E]
+        place = tl.cumsum(active, 0) - active
+        tl.store(experts + place, e, mask=active > 0)
+        tl.store(count, tl.sum(active, 0))
+        pair = tl.where(slot_of >= 0, token[:, None] * TOP_K + slot_of, -1)
+        at = place[None, :] * TOKENS + token[:, None]
+        tl.store(rows + at, pair, mask=(active > 0)[None, :] & (token[:, None] < TOKENS))
+
+
+@triton.jit(do_not_specialize=["R"])
+def sort_kernel(chosen, experts, rows, count, R, E: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr):
+    """Program e lists its expert's pairs, of all R, in tiles of BM: rows [tiles, BM], filled up
+    with -1, and experts [tiles]. count: of all tiles."""
+    e, step = tl.program_id(0), tl.arange(0, STEP)
+    bins = tl.arange(0, triton.next_power_of_2(E + 1))
+    counts = tl.zeros_like(bins)
+    for start in range(0, R, STEP):
+        pair = start + step
+        expert = tl.load(chosen + pair, mask=pair < R, other=E)
+        counts += tl.histogram(expert, triton.next_power_of_2(E + 1))
+    tiles = tl.where(bins < E, tl.cdiv(counts, BM), 0)
+    before = tl.sum(tl.where(bins < e, tiles, 0), 0)
+    mine = tl.sum(tl.where(bins == e, tiles, 0), 0)
+    tl.store(count, tl.sum(tiles, 0))  # every program stores the same
+    rows += before.to(tl.int64) * BM
+    place = 0
+    for start in range(0, R, STEP):
+        pair = start + step
+        hit = (tl.load(chosen + pair, mask=pair < R, other=E) == e).to(tl.int32)
+        tl.store(rows + place + tl.cumsum(hit, 0) - hit, pair, mask=hit > 0)
+        place += tl.sum(hit, 0)
+    rest = place + tl.arange(0, BM)
+    tl.store(rows + rest, tl.full([BM], -1, tl.int32), mask=rest < mine * BM)
+    for start in range(0, mine, STEP):
+        tl.store(experts + before + start + step, tl.zeros_like(step) + e, mask=start + step < mine)
+
+
+@triton.jit(do_not_specialize=["T"])
+def expert_kernel(
+    x,
+    data,
+    scales,
+    bias,
+    gates,
+    experts,
+    rows,
+    count,
+    h,
+    out,
+    arrived,
+    T,
+    input_scale,
+    limit,
+    down_scale,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ACTIVATIONS: tl.constexpr,
+    DISPATCH: tl.constexpr,
+    DECODE: tl.constexpr,
+    MX: tl.constexpr,
+    WIDE: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    HIP: tl.constexpr,
+):
+    """Program (n, tile): BN rows of the tile's expert times the inputs of its BM pairs; weights are
+    the left operand, pairs the columns. DISPATCH: the first GEMM, bias and SwiGLU -> h [pairs,
+    N/2], as the second GEMM sees it. Else the second GEMM and bias, times the gate weight -> h
+    float32 [pairs, N]; in decode, the last program for these rows to arrive adds up the TOP_K pairs
+    of each token -> out [T, N]."""
+    NB: tl.constexpr = BN // 16
+    BLOCKS: tl.constexpr = (N + 15) // 16  # of 16 rows
+    n, tile = tl.program_id(0), tl.program_id(1)
+    tiles = tl.load(count)
+    if tile >= tiles:
+        return
+    expert = tl.load(experts + tile).to(tl.int64)
+    column = tl.arange(0, BM)
+    pair = tl.load(rows + tile.to(tl.int64) * BM + column)
+    live = pair >= 0
+    row = tl.maximum(pair, 0).to(tl.int64)
+    inputs = x + (row // TOP_K if DISPATCH else row) * K  # [BM]
+    k = tl.arange(0, BK)
+    acc = tl.zeros([BN, BM], tl.float32)
+    if MX:
+        KB: tl.constexpr = BK // 64
+        K_BLOCKS: tl.constexpr = (K + 63) // 64
+        data += expert * (K_BLOCKS * BLOCKS * 128)
+        scales += expert * (K_BLOCKS * BLOCKS * 8)
+        lane = n * (NB * 32) + tl.arange(0, NB * 32)  # of all rows' blocks
+        block, four = tl.arange(0, KB), tl.arange(0, 4)
+        for start in tl.range(0, K_BLOCKS, KB, num_stages=STAGES):
+            b = start + block
+            there = (b < K_BLOCKS)[:, None] & (lane < BLOCKS * 32)[None, :]
+            at = b[:, None] * (BLOCKS * 32) + lane[None, :]
+            words = tl.load(
+                data + at[:, :, None] * 4 + four[None, None, :], mask=there[:, :, None], other=0
+            )
+            bytes4 = tl.load(scales + at // 4, mask=there, other=0)
+            at = start * 64 + k
+            tokens = tl.load(
+                inputs[:, None] + at[None, :], mask=live[:, None] & (at < K)[None, :], other=0.0
+            )
+            w = dequantised(words, bytes4, KB, NB, WIDE, not HIP).to(tokens.dtype)
+            acc = tl.dot(w, tokens.T, acc, input_precision="ieee")
+    else:
+        r = n * BN + tl.arange(0, BN)
+        data += expert * (BLOCKS * 16 * K)
+        for start in tl.range(0, K, BK, num_stages=STAGES):
+            at = start + k
+            there = (r < BLOCKS * 16)[:, None] & (at < K)[None, :]
+            w = tl.load(data + r[:, None] * K + at[None, :], mask=there, other=0.0)
+            tokens = tl.load(
+                inputs[:, None] + at[None, :], mask=live[:, None] & (at < K)[None, :], other=0.0
+            )
+            acc = tl.dot(w.to(tokens.dtype), tokens.T, acc, input_precision="ieee")
+
+    r = n * BN + tl.arange(0, BN)
+    b = tl.load(bias + expert * (BLOCKS * 16) + r, mask=r < BLOCKS * 16, other=0.0)
+    acc = acc * input_scale + b[:, None]
+    if DISPATCH:
+        NAN: tl.constexpr = tl.PropagateNan.ALL
+        gate, up = tl.split(acc.reshape(NB, 2, 8, BM).permute(0, 2, 3, 1))  # [NB, 8, BM]
+        gate = tl.minimum(gate, limit, propagate_nan=NAN)
+        up = tl.minimum(tl.maximum(up, -limit, propagate_nan=NAN), limit, propagate_nan=NAN)
+        y = gate / (1 + tl.exp(-1.702 * gate)) * (up + 1)
+        if ACTIVATIONS != "bf16":
+            y = quantised(y.reshape(BN // 64, 32, BM), down_scale, ACTIVATIONS)
+        r = n * (BN // 2) + tl.arange(0, BN // 2)
+        at = row[None, :] * (N // 2) + r[:, None]
+        y = y.reshape(BN // 2, BM).to(h.dtype.element_ty)
+        tl.store(h + at, y, mask=live[None, :] & (r < N // 2)[:, None])
+    else:
+        gate = tl.load(gates + row)
+        at = row[None, :] * N + r[:, None]
+        tl.store(h + at, acc * gate[None, :], mask=live[None, :] & (r < N)[:, None])
+        if DECODE:
+            if arrive(arrived + n, column, HIP) == tiles - 1:
+                tl.store(arrived + n, 0)
+                there = (column < T)[:, None] & (r < N)[None, :]
+                total = summed(h, column, r, there, N, TOP_K)
+                at_out = column[:, None] * N + r[None, :]
+                tl.store(out + at_out, total.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def summed(h, token, r, there, N: tl.constexpr, TOP_K: tl.constexpr):
+    """Sum over the pairs of each token, in order: h float32 [T * TOP_K, N] -> [tokens, rows]."""
+    at = token.to(tl.int64)[:, None] * (TOP_K * N) + r[None, :]
+    total = tl.load(h + at, mask=there, other=0.0)
+    for slot in tl.static_range(1, TOP_K):
+        total += tl.load(h + at + slot * N, mask=there, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["T"])
+def sum_kernel(h, out, T, N: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Program (n, tokens): the sum over each token's pairs, above decode."""
+    r = tl.program_id(0) * BN + tl.arange(0, BN)
+    token = tl.program_id(1) * BM + tl.arange(0, BM)
+    there = (token < T)[:, None] & (r < N)[None, :]
+    at = token.to(tl.int64)[:, None] * N + r[None, :]
+    total = summed(h, token, r, there, N, TOP_K)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
+
+
+class Tile(NamedTuple):
+    """How `expert_kernel` cuts a GEMM: BN rows of weights, BM pairs, steps of BK inputs."""
+
+    BN: int
+    BM: int
+    BK: int
+    warps: int
+    stages: int
+
+
+def tile_for(T: int, rows: float, hip: bool, dtype: torch.dtype) -> Tile:
+    """The tile for T tokens and `rows` pairs an expert in the mean."""
+    if dtype == torch.float32:  # multiplied without the matrix units: the sums of IEEE's float32
+        return Tile(64, 16, 64, 4, 1)
+    if T <= DECODE_TOKENS:
+        tile = Tile(64, 16, 128, 4, 5)
+    elif rows <= 16:
+        tile = Tile(128, 16, 128, 8, 4)
+    elif rows <= 48:
+        tile = Tile(128, 32, 128, 8, 4)
+    elif rows <= 96:
+        tile = Tile(128, 64, 64, 8, 4)
+    else:
+        tile = Tile(128, 128, 64, 8, 4)
+    return tile._replace(stages=2) if hip else tile  # which prefetches to registers
+
+
+def moe(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor,
+    packed: Packed,
+    top_k: int,
+    activations: str = "bf16",
+    swiglu_limit: float = 7.0,
+) -> Tensor:
+    """x [T, H]; router_weight [E, H], router_bias [E] -> [T, H] in x's dtype, bfloat16 or float32.
+
+    Three launches up to DECODE_TOKENS, five above. Within either of these regimes a token's result
+    does not depend on the other tokens: of a regime's tiles all add up K in the same order.
+    ValueError for experts that were prepared for other activations, and for x of another dtype."""
+    if packed.activations != activations:
+        raise ValueError(
+            f"experts were prepared for {packed.activations!r} activations, not for {activations!r}"
+        )
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"x is {x.dtype}, the kernels take bfloat16 and float32")
+    (T, H), E, x = x.shape, len(router_weight), x.contiguous()
+    out = torch.empty_like(x)
+    if not T:
+        return out
+    R, inner, decode, hip = T * top_k, packed.down.K, T <= DECODE_TOKENS, on_hip()
+    tile = tile_for(T, R / E, hip, x.dtype)
+    tiles = min(R, E) if decode else R // tile.BM + min(R, E)  # at most
+
+    def new(*shape, dtype=torch.int32):
+        return x.new_empty(shape, dtype=dtype)
+
+    chosen, gates = new(R), new(R, dtype=torch.float32)
+    experts, rows, count = new(tiles), new(tiles, tile.BM), new(1)
+    seen = x if activations == "bf16" else torch.empty_like(x)
+    tokens, size, part = (tile.BM, 16, 384) if decode else (64, 32, H)
+    parts = triton.cdiv(H, part)
+    logits = new(parts, T, E, dtype=torch.float32)
+    route_kernel[(triton.cdiv(E, size), parts, triton.cdiv(T, tokens))](
+        x, router_weight, router_bias, logits, chosen, gates, experts, rows, count, seen,
+        packed.arrived, T, packed.gate_up.input_scale, H, E, top_k, size, part, tokens, 128,
+        activations, decode, hip, num_warps=4, num_stages=2 if hip else 3,
+    )  # fmt: skip
+    if not decode:
+        sort_kernel[(E,)](chosen, experts, rows, count, R, E, tile.BM, 1024, num_warps=4)
+
+    h, y = new(R, inner, dtype=x.dtype), new(R, H, dtype=torch.float32)
+    for weight, source, target in ((packed.gate_up, seen, h), (packed.down, h, y)):
+        expert_kernel[(triton.cdiv(weight.bias.shape[1], tile.BN), tiles)](
+            source, weight.data, weight.scale, weight.bias, gates, experts, rows, count, target,
+            out, packed.arrived, T, weight.input_scale, swiglu_limit, packed.down.input_scale,
+            weight.N, weight.K, top_k, activations, weight is packed.gate_up, decode,
+            weight.scale is not None, weight.wide, *tile[:3], tile.stages, hip,
+            num_warps=tile.warps,
+        )  # fmt: skip
+    if not decode:
+        sum_kernel[(triton.cdiv(H, 1024), T)](y, out, T, H, top_k, 1, 1024, num_warps=4)
     return out
