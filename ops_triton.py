@@ -438,7 +438,7 @@ def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -
     queries = max((128 if qkv.dtype == torch.bfloat16 else 32) // heads, 1)
     prefill_kernel[(triton.cdiv(Q, queries), G, S)](
         qkv, keys, sinks, pool, out, *step, table, Q, P, scale, window, plan.page_size, M, G, D,
-        heads, queries, columns, 64 if qkv.dtype == torch.bfloat16 else 32, num_warps=4,
+        heads, queries, columns, 64 if qkv.dtype == torch.bfloat16 else 32, num_warps=8,
     )  # fmt: skip
     cache_kernel[(T, G)](
         qkv, keys, pool, plan.positions, plan.newest, table, Q, P, plan.page_size, M, G, D, columns,
@@ -824,12 +824,13 @@ def expert_kernel(
     NB: tl.constexpr = BN // 16
     BLOCKS: tl.constexpr = (N + 15) // 16  # of 16 rows
     n, tile = tl.program_id(0), tl.program_id(1)
+    column = tl.arange(0, BM)
+    # all three at once: beyond the last tile there is memory, but nothing in it
     tiles = tl.load(count)
+    expert = tl.load(experts + tile).to(tl.int64)
+    pair = tl.load(rows + tile.to(tl.int64) * BM + column)
     if tile >= tiles:
         return
-    expert = tl.load(experts + tile).to(tl.int64)
-    column = tl.arange(0, BM)
-    pair = tl.load(rows + tile.to(tl.int64) * BM + column)
     live = pair >= 0
     row = tl.maximum(pair, 0).to(tl.int64)
     inputs = x + (row // TOP_K if DISPATCH else row) * K  # [BM]
@@ -933,11 +934,11 @@ def tile_for(T: int, rows: float, hip: bool, dtype: torch.dtype) -> Tile:
         return Tile(64, 16, 64, 4, 1)
     if T <= DECODE_TOKENS:
         tile = Tile(64, 16, 128, 4, 5)
-    elif rows <= 16:
+    elif rows <= 8:
         tile = Tile(128, 16, 128, 8, 4)
-    elif rows <= 48:
+    elif rows <= 24:
         tile = Tile(128, 32, 128, 8, 4)
-    elif rows <= 96:
+    elif rows <= 48:
         tile = Tile(128, 64, 64, 8, 4)
     else:
         tile = Tile(128, 128, 64, 8, 4)
