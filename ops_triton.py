@@ -842,15 +842,16 @@ def expert_kernel(
         data += expert * (K_BLOCKS * BLOCKS * 128)
         scales += expert * (K_BLOCKS * BLOCKS * 8)
         lane = n * (NB * 32) + tl.arange(0, NB * 32)  # of all rows' blocks
-        block, four = tl.arange(0, KB), tl.arange(0, 4)
+        block, word = tl.arange(0, KB), n * (NB * 128) + tl.arange(0, NB * 128)
         for start in tl.range(0, K_BLOCKS, KB, num_stages=STAGES):
             b = start + block
             there = (b < K_BLOCKS)[:, None] & (lane < BLOCKS * 32)[None, :]
-            at = b[:, None] * (BLOCKS * 32) + lane[None, :]
-            words = tl.load(
-                data + at[:, :, None] * 4 + four[None, None, :], mask=there[:, :, None], other=0
+            bytes4 = tl.load(
+                scales + b[:, None] * (BLOCKS * 8) + lane[None, :] // 4, mask=there, other=0
             )
-            bytes4 = tl.load(scales + at // 4, mask=there, other=0)
+            there = (b < K_BLOCKS)[:, None] & (word < BLOCKS * 128)[None, :]
+            at = b[:, None] * (BLOCKS * 128) + word[None, :]
+            words = tl.load(data + at, mask=there, other=0).reshape(KB, NB * 32, 4)
             at = start * 64 + k
             tokens = tl.load(
                 inputs[:, None] + at[None, :], mask=live[:, None] & (at < K)[None, :], other=0.0
