@@ -16,7 +16,7 @@ one to arrive at a counter adds the parts in a fixed order: results do not chang
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -57,9 +57,7 @@ def arrive(counter, lane, HIP: tl.constexpr):
 
 
 @triton.jit
-def add_norm_kernel(
-    x, y, scale, total, norm, H, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr
-):
+def add_norm_kernel(x, y, scale, total, norm, H, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr):
     """A program a row."""
     h = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * H + h
@@ -511,7 +509,9 @@ def prepare(experts, activations: str) -> Packed:
             raise ValueError(
                 f"an expert's {K} inputs are no multiple of {GROUP.value}, which share a scale"
             )
-    gate_up = pack(experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias, scales[0], 2)
+    gate_up = pack(
+        experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias, scales[0], 2
+    )
     down = pack(experts.down_weight, experts.down_scale, experts.down_bias, scales[1], 1)
     return Packed(gate_up, down, activations, down.bias.new_zeros(1 << 10, dtype=torch.int32))
 
@@ -584,7 +584,9 @@ def halves(pair):
 
 
 @triton.jit
-def dequantised(words, scales, KB: tl.constexpr, NB: tl.constexpr, WIDE: tl.constexpr, CUDA: tl.constexpr):
+def dequantised(
+    words, scales, KB: tl.constexpr, NB: tl.constexpr, WIDE: tl.constexpr, CUDA: tl.constexpr
+):
     """words int32 [KB, NB * 32, 4], scales int32 [KB, NB * 32] -> bfloat16 [NB * 16, KB * 64].
 
     A code's sign and magnitude where bfloat16 has its sign and the low end of its exponent are the
@@ -758,7 +760,9 @@ def route_kernel(
 
 
 @triton.jit(do_not_specialize=["R"])
-def sort_kernel(chosen, experts, rows, count, R, E: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr):
+def sort_kernel(
+    chosen, experts, rows, count, R, E: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr
+):
     """Program e lists its expert's pairs, of all R, in tiles of BM: rows [tiles, BM], filled up
     with -1, and experts [tiles]. count: of all tiles."""
     e, step = tl.program_id(0), tl.arange(0, STEP)
@@ -783,6 +787,47 @@ def sort_kernel(chosen, experts, rows, count, R, E: tl.constexpr, BM: tl.constex
     tl.store(rows + rest, tl.full([BM], -1, tl.int32), mask=rest < mine * BM)
     for start in range(0, mine, STEP):
         tl.store(experts + before + start + step, tl.zeros_like(step) + e, mask=start + step < mine)
+
+
+@triton.jit
+def mx_load(
+    inputs,
+    live,
+    data,
+    scales,
+    n,
+    b,
+    K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    KB: tl.constexpr,
+    NB: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Blocks b to b + KB of K: words and scales of NB blocks of rows from n * NB on, of BLOCKS in
+    all, and the inputs of the pairs. MASKED: some of the blocks of K do not exist."""
+    block = b + tl.arange(0, KB)[:, None]
+    word = n * (NB * 128) + tl.arange(0, NB * 128)[None, :]
+    lane = n * (NB * 32) + tl.arange(0, NB * 32)[None, :]
+    words, lanes = data + block * (BLOCKS * 128) + word, scales + block * (BLOCKS * 8) + lane // 4
+    if MASKED or BLOCKS % NB:
+        words = tl.load(words, mask=(word < BLOCKS * 128) & (block * 64 < K), other=0)
+        lanes = tl.load(lanes, mask=(lane < BLOCKS * 32) & (block * 64 < K), other=0)
+    else:
+        words, lanes = tl.load(words), tl.load(lanes)
+    k = b * 64 + tl.arange(0, KB * 64)[None, :]
+    there = live[:, None]
+    if MASKED or K % 64:
+        there &= k < K
+    return words, lanes, tl.load(inputs[:, None] + k, mask=there, other=0.0)
+
+
+@triton.jit
+def mx_dot(
+    acc, words, lanes, tokens, KB: tl.constexpr, NB: tl.constexpr, WIDE: tl.constexpr,
+    HIP: tl.constexpr,
+):  # fmt: skip
+    w = dequantised(words.reshape(KB, NB * 32, 4), lanes, KB, NB, WIDE, not HIP)
+    return tl.dot(w.to(tokens.dtype), tokens.T, acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -813,17 +858,18 @@ def expert_kernel(
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
+    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     HIP: tl.constexpr,
 ):
-    """Program (n, tile): BN rows of the tile's expert times the inputs of its BM pairs; weights are
-    the left operand, pairs the columns. DISPATCH: the first GEMM, bias and SwiGLU -> h [pairs,
-    N/2], as the second GEMM sees it. Else the second GEMM and bias, times the gate weight -> h
-    float32 [pairs, N]; in decode, the last program for these rows to arrive adds up the TOP_K pairs
-    of each token -> out [T, N]."""
+    """Program (n, tile, z): BN rows of the tile's expert times the inputs of its BM pairs, over
+    part z of SPLIT of K; weights are the left operand, pairs the columns. DISPATCH: the first GEMM, bias
+    and SwiGLU -> h [pairs, N/2], as the second GEMM sees it. Else the second GEMM and bias, times
+    the gate weight -> h float32 [SPLIT, pairs, N]; in decode, the last program for these rows to
+    arrive adds up the parts and the TOP_K pairs of each token -> out [T, N]."""
     NB: tl.constexpr = BN // 16
     BLOCKS: tl.constexpr = (N + 15) // 16  # of 16 rows
-    n, tile = tl.program_id(0), tl.program_id(1)
+    n, tile, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     column = tl.arange(0, BM)
     # all three at once: beyond the last tile there is memory, but nothing in it
     tiles = tl.load(count)
@@ -834,34 +880,36 @@ def expert_kernel(
     live = pair >= 0
     row = tl.maximum(pair, 0).to(tl.int64)
     inputs = x + (row // TOP_K if DISPATCH else row) * K  # [BM]
-    k = tl.arange(0, BK)
     acc = tl.zeros([BN, BM], tl.float32)
     if MX:
         KB: tl.constexpr = BK // 64
         K_BLOCKS: tl.constexpr = (K + 63) // 64
         data += expert * (K_BLOCKS * BLOCKS * 128)
         scales += expert * (K_BLOCKS * BLOCKS * 8)
-        lane = n * (NB * 32) + tl.arange(0, NB * 32)  # of all rows' blocks
-        block, word = tl.arange(0, KB), n * (NB * 128) + tl.arange(0, NB * 128)
-        for start in tl.range(0, K_BLOCKS, KB, num_stages=STAGES):
-            b = start + block
-            there = (b < K_BLOCKS)[:, None] & (lane < BLOCKS * 32)[None, :]
-            bytes4 = tl.load(
-                scales + b[:, None] * (BLOCKS * 8) + lane[None, :] // 4, mask=there, other=0
+        # Whole steps, of which program z has its share, and the rest, which the last one adds: its
+        # loads are on their way meanwhile.
+        STEPS: tl.constexpr = K // BK
+        SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+        REST: tl.constexpr = K_BLOCKS - STEPS * KB
+        if REST > 0:
+            RB: tl.constexpr = triton.next_power_of_2(REST)
+            last = live & (z == SPLIT - 1)
+            words, lanes, tokens = mx_load(
+                inputs, last, data, scales, n, STEPS * KB, K, BLOCKS, RB, NB, RB > REST
             )
-            there = (b < K_BLOCKS)[:, None] & (word < BLOCKS * 128)[None, :]
-            at = b[:, None] * (BLOCKS * 128) + word[None, :]
-            words = tl.load(data + at, mask=there, other=0).reshape(KB, NB * 32, 4)
-            at = start * 64 + k
-            tokens = tl.load(
-                inputs[:, None] + at[None, :], mask=live[:, None] & (at < K)[None, :], other=0.0
-            )
-            w = dequantised(words, bytes4, KB, NB, WIDE, not HIP).to(tokens.dtype)
-            acc = tl.dot(w, tokens.T, acc, input_precision="ieee")
+        end = min((z + 1) * SHARE, STEPS) * KB
+        for b in tl.range(z * SHARE * KB, end, KB, num_stages=STAGES):
+            w, s, x_tile = mx_load(inputs, live, data, scales, n, b, K, BLOCKS, KB, NB, False)
+            acc = mx_dot(acc, w, s, x_tile, KB, NB, WIDE, HIP)
+        if REST > 0:
+            acc = mx_dot(acc, words, lanes, tokens, RB, NB, WIDE, HIP)
     else:
         r = n * BN + tl.arange(0, BN)
+        k = tl.arange(0, BK)
         data += expert * (BLOCKS * 16 * K)
-        for start in tl.range(0, K, BK, num_stages=STAGES):
+        STEPS: tl.constexpr = (K + BK - 1) // BK
+        SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT * BK
+        for start in tl.range(z * SHARE, min(z * SHARE + SHARE, K), BK, num_stages=STAGES):
             at = start + k
             there = (r < BLOCKS * 16)[:, None] & (at < K)[None, :]
             w = tl.load(data + r[:, None] * K + at[None, :], mask=there, other=0.0)
@@ -871,8 +919,9 @@ def expert_kernel(
             acc = tl.dot(w.to(tokens.dtype), tokens.T, acc, input_precision="ieee")
 
     r = n * BN + tl.arange(0, BN)
-    b = tl.load(bias + expert * (BLOCKS * 16) + r, mask=r < BLOCKS * 16, other=0.0)
-    acc = acc * input_scale + b[:, None]
+    first = (r < BLOCKS * 16) & (z == 0)
+    bs = tl.load(bias + expert * (BLOCKS * 16) + r, mask=first, other=0.0)
+    acc = acc * input_scale + bs[:, None]
     if DISPATCH:
         NAN: tl.constexpr = tl.PropagateNan.ALL
         gate, up = tl.split(acc.reshape(NB, 2, 8, BM).permute(0, 2, 3, 1))  # [NB, 8, BM]
@@ -887,24 +936,26 @@ def expert_kernel(
         tl.store(h + at, y, mask=live[None, :] & (r < N // 2)[:, None])
     else:
         gate = tl.load(gates + row)
-        at = row[None, :] * N + r[:, None]
+        at = (z * T * TOP_K + row)[None, :] * N + r[:, None]
         tl.store(h + at, acc * gate[None, :], mask=live[None, :] & (r < N)[:, None])
         if DECODE:
-            if arrive(arrived + n, column, HIP) == tiles - 1:
+            if arrive(arrived + n, column, HIP) == tiles * SPLIT - 1:
                 tl.store(arrived + n, 0)
                 there = (column < T)[:, None] & (r < N)[None, :]
-                total = summed(h, column, r, there, N, TOP_K)
+                total = summed(h, column, r, there, T, N, TOP_K, SPLIT)
                 at_out = column[:, None] * N + r[None, :]
                 tl.store(out + at_out, total.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def summed(h, token, r, there, N: tl.constexpr, TOP_K: tl.constexpr):
-    """Sum over the pairs of each token, in order: h float32 [T * TOP_K, N] -> [tokens, rows]."""
+def summed(h, token, r, there, T, N: tl.constexpr, TOP_K: tl.constexpr, SPLIT: tl.constexpr):
+    """Sum over the parts and pairs of each token, in order: h float32 [SPLIT, T * TOP_K, N] ->
+    [tokens, rows]."""
     at = token.to(tl.int64)[:, None] * (TOP_K * N) + r[None, :]
-    total = tl.load(h + at, mask=there, other=0.0)
-    for slot in tl.static_range(1, TOP_K):
-        total += tl.load(h + at + slot * N, mask=there, other=0.0)
+    total = tl.zeros(there.shape, tl.float32)
+    for z in tl.static_range(SPLIT):
+        for slot in tl.static_range(TOP_K):
+            total += tl.load(h + at + (z * T * TOP_K + slot) * N, mask=there, other=0.0)
     return total
 
 
@@ -915,35 +966,42 @@ def sum_kernel(h, out, T, N: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr
     token = tl.program_id(1) * BM + tl.arange(0, BM)
     there = (token < T)[:, None] & (r < N)[None, :]
     at = token.to(tl.int64)[:, None] * N + r[None, :]
-    total = summed(h, token, r, there, N, TOP_K)
+    total = summed(h, token, r, there, T, N, TOP_K, 1)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
 
 
 class Tile(NamedTuple):
-    """How `expert_kernel` cuts a GEMM: BN rows of weights, BM pairs, steps of BK inputs."""
+    """How `expert_kernel` cuts a GEMM: BN rows of weights, BM pairs, steps of BK inputs; K split
+    over so many programs (the second GEMM, in decode)."""
 
     BN: int
     BM: int
     BK: int
     warps: int
     stages: int
+    split: int = 1
 
 
-def tile_for(T: int, rows: float, hip: bool, dtype: torch.dtype) -> Tile:
-    """The tile for T tokens and `rows` pairs an expert in the mean."""
+def tiles_for(T: int, rows: float, hip: bool, dtype: torch.dtype) -> tuple[Tile, Tile]:
+    """The tiles of the two GEMMs, of equal BM, for T tokens and `rows` pairs an expert in the
+    mean."""
     if dtype == torch.float32:  # multiplied without the matrix units: the sums of IEEE's float32
-        return Tile(64, 16, 64, 4, 1)
-    if T <= DECODE_TOKENS:
-        tile = Tile(64, 16, 128, 4, 5)
+        first = second = Tile(64, 16, 64, 4, 1)
+    elif T <= DECODE_TOKENS:
+        first, second = Tile(64, 16, 256, 4, 4), Tile(64, 16, 256, 4, 4, 2)
     elif rows <= 8:
-        tile = Tile(128, 16, 128, 8, 4)
+        first = second = Tile(128, 16, 128, 8, 4)
     elif rows <= 24:
-        tile = Tile(128, 32, 128, 8, 4)
+        first = second = Tile(128, 32, 128, 8, 4)
     elif rows <= 48:
-        tile = Tile(128, 64, 64, 8, 4)
+        first = second = Tile(128, 64, 64, 8, 4)
     else:
-        tile = Tile(128, 128, 64, 8, 4)
-    return tile._replace(stages=2) if hip else tile  # which prefetches to registers
+        first = second = Tile(128, 128, 64, 8, 4)
+    if hip:  # whose compiler prefetches to registers
+        return tuple(
+            t._replace(BK=min(t.BK, 128), stages=min(t.stages, 2)) for t in (first, second)
+        )
+    return first, second
 
 
 def moe(
@@ -971,16 +1029,17 @@ def moe(
     if not T:
         return out
     R, inner, decode, hip = T * top_k, packed.down.K, T <= DECODE_TOKENS, on_hip()
-    tile = tile_for(T, R / E, hip, x.dtype)
-    tiles = min(R, E) if decode else R // tile.BM + min(R, E)  # at most
+    cuts = tiles_for(T, R / E, hip, x.dtype)
+    BM, split = cuts[0].BM, cuts[1].split if decode else 1
+    tiles = min(R, E) if decode else R // BM + min(R, E)  # at most
 
     def new(*shape, dtype=torch.int32):
         return x.new_empty(shape, dtype=dtype)
 
     chosen, gates = new(R), new(R, dtype=torch.float32)
-    experts, rows, count = new(tiles), new(tiles, tile.BM), new(1)
+    experts, rows, count = new(tiles), new(tiles, BM), new(1)
     seen = x if activations == "bf16" else torch.empty_like(x)
-    tokens, size, part = (tile.BM, 16, 384) if decode else (64, 32, H)
+    tokens, size, part = (BM, 16, 384) if decode else (64, 32, H)
     parts = triton.cdiv(H, part)
     logits = new(parts, T, E, dtype=torch.float32)
     route_kernel[(triton.cdiv(E, size), parts, triton.cdiv(T, tokens))](
@@ -989,15 +1048,18 @@ def moe(
         activations, decode, hip, num_warps=4, num_stages=2 if hip else 3,
     )  # fmt: skip
     if not decode:
-        sort_kernel[(E,)](chosen, experts, rows, count, R, E, tile.BM, 1024, num_warps=4)
+        sort_kernel[(E,)](chosen, experts, rows, count, R, E, BM, 1024, num_warps=4)
 
-    h, y = new(R, inner, dtype=x.dtype), new(R, H, dtype=torch.float32)
-    for weight, source, target in ((packed.gate_up, seen, h), (packed.down, h, y)):
-        expert_kernel[(triton.cdiv(weight.bias.shape[1], tile.BN), tiles)](
+    h, y = new(R, inner, dtype=x.dtype), new(split, R, H, dtype=torch.float32)
+    for weight, source, target, tile in (
+        (packed.gate_up, seen, h, cuts[0]._replace(split=1)),
+        (packed.down, h, y, cuts[1]._replace(split=split)),
+    ):
+        expert_kernel[(triton.cdiv(weight.bias.shape[1], tile.BN), tiles, tile.split)](
             source, weight.data, weight.scale, weight.bias, gates, experts, rows, count, target,
             out, packed.arrived, T, weight.input_scale, swiglu_limit, packed.down.input_scale,
             weight.N, weight.K, top_k, activations, weight is packed.gate_up, decode,
-            weight.scale is not None, weight.wide, *tile[:3], tile.stages, hip,
+            weight.scale is not None, weight.wide, *tile[:3], tile.split, tile.stages, hip,
             num_warps=tile.warps,
         )  # fmt: skip
     if not decode:
