@@ -178,28 +178,10 @@ def attend(q, k, v, seen, top, total, acc, scale):
 
 @triton.jit(do_not_specialize=["P"])
 def decode_kernel(
-    qkv,
-    sinks,
-    pool,
-    out,
-    cos,
-    sin,
-    positions,
-    table,
-    parts,
-    arrived,
-    P,
-    scale,
-    WINDOW: tl.constexpr,
-    PAGE: tl.constexpr,
-    M: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    KEYS: tl.constexpr,
-    HIP: tl.constexpr,
-):
+    qkv, sinks, pool, out, cos, sin, positions, table, parts, arrived, P, scale,
+    WINDOW: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr, HIP: tl.constexpr,
+):  # fmt: skip
     """Program (g, s, z): part z of the keys that sequence s's one token sees, for the M query heads
     of key head g. Part 0 has the token's own key, which it caches, and the sinks. How many parts
     there are depends on the sequence's length alone."""
@@ -255,54 +237,34 @@ def decode_kernel(
         top, total, acc = attend(q, k, v, (key < end)[None, :], top, total, acc, scale)
 
     if used > 1:
-        # a part's rows: top and total in two columns beyond its D
-        row = (((s * G + g) * tl.num_programs(2)) * ROWS + m) * (COLUMNS + 2)
-        mine = parts + row + z * ROWS * (COLUMNS + 2)
+        # a part's rows: top and total beyond its columns, which stay multiples of 16 bytes
+        row = (((s * G + g) * tl.num_programs(2)) * ROWS + m) * (COLUMNS + 4)
+        mine = parts + row + z * ROWS * (COLUMNS + 4)
         tl.store(mine[:, None] + d[None, :], acc)
         tl.store(mine + COLUMNS, top)
         tl.store(mine + COLUMNS + 1, total)
         if arrive(arrived + s * G + g, m, HIP) < used - 1:
             return
         tl.store(arrived + s * G + g, 0)
-        top = tl.load(parts + row + COLUMNS)
-        total = tl.load(parts + row + COLUMNS + 1)
-        acc = tl.load(parts + row[:, None] + d[None, :])
-        for part in range(1, used):
-            theirs = parts + row + part * ROWS * (COLUMNS + 2)
-            their_top = tl.load(theirs + COLUMNS)
-            new = tl.maximum(top, their_top)
-            fade, their_fade = tl.exp2(top - new), tl.exp2(their_top - new)
-            total = total * fade + tl.load(theirs + COLUMNS + 1) * their_fade
-            their_acc = tl.load(theirs[:, None] + d[None, :])
-            acc = acc * fade[:, None] + their_acc * their_fade[:, None]
-            top = new
+        # all parts at once: in a loop the latencies of its loads would add up
+        part = tl.arange(0, SPLITS)[:, None]
+        theirs = parts + row[None, :] + part * (ROWS * (COLUMNS + 4))  # [SPLITS, ROWS]
+        there = (part < used) & (m[None, :] < M)
+        tops = tl.load(theirs + COLUMNS, mask=there, other=-float("inf"))
+        share = tl.exp2(tops - tl.maximum(tl.max(tops, 0), -1e30)[None, :])
+        total = tl.sum(share * tl.load(theirs + COLUMNS + 1, mask=there, other=0.0), 0)
+        theirs = theirs[:, :, None] + d[None, None, :]
+        theirs = tl.load(theirs, mask=there[:, :, None], other=0.0)
+        acc = tl.sum(share[:, :, None] * theirs, 0)
     tl.store(into, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["Q", "P"])
 def prefill_kernel(
-    qkv,
-    keys,
-    sinks,
-    pool,
-    out,
-    cos,
-    sin,
-    positions,
-    table,
-    Q,
-    P,
-    scale,
-    WINDOW: tl.constexpr,
-    PAGE: tl.constexpr,
-    M: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+    qkv, keys, sinks, pool, out, cos, sin, positions, table, Q, P, scale, WINDOW: tl.constexpr,
+    PAGE: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    QUERIES: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
     """Program (tile, g, s): QUERIES tokens of sequence s and the M query heads of key head g, over
     the cached keys before the chunk and then the chunk's own, rotated, in `keys` [T, G, D]."""
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -374,20 +336,9 @@ def rotate_keys_kernel(
 
 @triton.jit(do_not_specialize=["Q", "P"])
 def cache_kernel(
-    qkv,
-    keys,
-    pool,
-    positions,
-    newest,
-    table,
-    Q,
-    P,
-    PAGE: tl.constexpr,
-    M: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    qkv, keys, pool, positions, newest, table, Q, P, PAGE: tl.constexpr, M: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Program (token, g): of more new tokens than the table has room for the last stay."""
     token, g, d = tl.program_id(0), tl.program_id(1), tl.arange(0, COLUMNS)
     s, C = token // Q, P * PAGE
@@ -424,7 +375,7 @@ def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -
         most = min(room, window) if sliding else room  # keys
         splits = min(triton.cdiv(most, SPLIT_KEYS.value), SPLITS.value)
         rows = next_power(M, 16)
-        parts = qkv.new_empty(S * G * splits, rows, columns + 2, dtype=torch.float32)
+        parts = qkv.new_empty(S * G * splits, rows, columns + 4, dtype=torch.float32)
         decode_kernel[(G, S, splits)](
             qkv, sinks, pool, out, *step, table, parts, plan.arrived, P, scale, window,
             plan.page_size, M, G, D, rows, columns, 64, on_hip(), num_warps=4,
@@ -660,30 +611,11 @@ def quantised(x, scale, ACTIVATIONS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def route_kernel(
-    x,
-    router_weight,
-    router_bias,
-    logits,
-    chosen,
-    gates,
-    experts,
-    rows,
-    count,
-    seen,
-    arrived,
-    T,
-    scale,
-    H: tl.constexpr,
-    E: tl.constexpr,
-    TOP_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    PART: tl.constexpr,
-    TOKENS: tl.constexpr,
-    STEP: tl.constexpr,
-    ACTIVATIONS: tl.constexpr,
-    DECODE: tl.constexpr,
-    HIP: tl.constexpr,
-):
+    x, router_weight, router_bias, logits, chosen, gates, experts, rows, count, seen, arrived, T,
+    scale, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
+    PART: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, ACTIVATIONS: tl.constexpr,
+    DECODE: tl.constexpr, HIP: tl.constexpr,
+):  # fmt: skip
     """Program (p, z, b): logits of EXPERTS experts for TOKENS tokens over part z of H, PART long;
     p = 0 rounds this part of x to `seen`, as the first GEMM sees it. The last program of a block of
     tokens to arrive adds the parts up and selects each token's experts. In decode it then lists the
@@ -719,7 +651,7 @@ def route_kernel(
     e = tl.arange(0, PADDED_E)
     there = (token < T)[:, None] & (e < E)[None, :]
     total = tl.zeros([TOKENS, PADDED_E], tl.float32)
-    for part in range(tl.num_programs(1)):
+    for part in tl.static_range((H + PART - 1) // PART):
         terms = logits + (part * T + token[:, None]) * E + e[None, :]
         total += tl.load(terms, mask=there, other=0.0)
     total += tl.load(router_bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
@@ -791,18 +723,9 @@ def sort_kernel(
 
 @triton.jit
 def mx_load(
-    inputs,
-    live,
-    data,
-    scales,
-    n,
-    b,
-    K: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    KB: tl.constexpr,
-    NB: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    inputs, live, data, scales, n, b, K: tl.constexpr, BLOCKS: tl.constexpr, KB: tl.constexpr,
+    NB: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Blocks b to b + KB of K: words and scales of NB blocks of rows from n * NB on, of BLOCKS in
     all, and the inputs of the pairs. MASKED: some of the blocks of K do not exist."""
     block = b + tl.arange(0, KB)[:, None]
@@ -832,41 +755,17 @@ def mx_dot(
 
 @triton.jit(do_not_specialize=["T"])
 def expert_kernel(
-    x,
-    data,
-    scales,
-    bias,
-    gates,
-    experts,
-    rows,
-    count,
-    h,
-    out,
-    arrived,
-    T,
-    input_scale,
-    limit,
-    down_scale,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    TOP_K: tl.constexpr,
-    ACTIVATIONS: tl.constexpr,
-    DISPATCH: tl.constexpr,
-    DECODE: tl.constexpr,
-    MX: tl.constexpr,
-    WIDE: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, data, scales, bias, gates, experts, rows, count, h, out, arrived, T, input_scale, limit,
+    down_scale, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, ACTIVATIONS: tl.constexpr,
+    DISPATCH: tl.constexpr, DECODE: tl.constexpr, MX: tl.constexpr, WIDE: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     HIP: tl.constexpr,
-):
+):  # fmt: skip
     """Program (n, tile, z): BN rows of the tile's expert times the inputs of its BM pairs, over
-    part z of SPLIT of K; weights are the left operand, pairs the columns. DISPATCH: the first GEMM, bias
-    and SwiGLU -> h [pairs, N/2], as the second GEMM sees it. Else the second GEMM and bias, times
-    the gate weight -> h float32 [SPLIT, pairs, N]; in decode, the last program for these rows to
-    arrive adds up the parts and the TOP_K pairs of each token -> out [T, N]."""
+    part z of SPLIT of K; weights are the left operand, pairs the columns. DISPATCH: the first GEMM,
+    bias and SwiGLU -> h [pairs, N/2], as the second GEMM sees it. Else the second GEMM and bias,
+    times the gate weight -> h float32 [SPLIT, pairs, N]; in decode, the last program for these rows
+    to arrive adds up the parts and the TOP_K pairs of each token -> out [T, N]."""
     NB: tl.constexpr = BN // 16
     BLOCKS: tl.constexpr = (N + 15) // 16  # of 16 rows
     n, tile, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -960,13 +859,13 @@ def summed(h, token, r, there, T, N: tl.constexpr, TOP_K: tl.constexpr, SPLIT: t
 
 
 @triton.jit(do_not_specialize=["T"])
-def sum_kernel(h, out, T, N: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Program (n, tokens): the sum over each token's pairs, above decode."""
-    r = tl.program_id(0) * BN + tl.arange(0, BN)
-    token = tl.program_id(1) * BM + tl.arange(0, BM)
-    there = (token < T)[:, None] & (r < N)[None, :]
-    at = token.to(tl.int64)[:, None] * N + r[None, :]
+def sum_kernel(h, out, T, N: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr):
+    """Program (token, n): the sum over a token's pairs, above decode."""
+    token = tl.program_id(0) + tl.arange(0, 1)
+    r = tl.program_id(1) * BN + tl.arange(0, BN)
+    there = (r < N)[None, :]
     total = summed(h, token, r, there, T, N, TOP_K, 1)
+    at = token.to(tl.int64)[:, None] * N + r[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
 
 
@@ -1015,9 +914,10 @@ def moe(
 ) -> Tensor:
     """x [T, H]; router_weight [E, H], router_bias [E] -> [T, H] in x's dtype, bfloat16 or float32.
 
-    Three launches up to DECODE_TOKENS, five above. Within either of these regimes a token's result
-    does not depend on the other tokens: of a regime's tiles all add up K in the same order.
-    ValueError for experts that were prepared for other activations, and for x of another dtype."""
+    Three launches up to DECODE_TOKENS, five above. A token's result does not depend on the other
+    tokens up to DECODE_TOKENS, nor above where `tiles_for` chooses the same tiles. ValueError for
+    experts that were prepared for other activations, for x of another dtype and for too many
+    tokens."""
     if packed.activations != activations:
         raise ValueError(
             f"experts were prepared for {packed.activations!r} activations, not for {activations!r}"
@@ -1025,6 +925,8 @@ def moe(
     if x.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"x is {x.dtype}, the kernels take bfloat16 and float32")
     (T, H), E, x = x.shape, len(router_weight), x.contiguous()
+    if T > 64 * len(packed.arrived):
+        raise ValueError(f"{T} tokens at once, the kernels take {64 * len(packed.arrived)}")
     out = torch.empty_like(x)
     if not T:
         return out
@@ -1048,7 +950,8 @@ def moe(
         activations, decode, hip, num_warps=4, num_stages=2 if hip else 3,
     )  # fmt: skip
     if not decode:
-        sort_kernel[(E,)](chosen, experts, rows, count, R, E, BM, 1024, num_warps=4)
+        step, warps = (1024, 4) if R <= 1024 else (4096, 8)
+        sort_kernel[(E,)](chosen, experts, rows, count, R, E, BM, step, num_warps=warps)
 
     h, y = new(R, inner, dtype=x.dtype), new(split, R, H, dtype=torch.float32)
     for weight, source, target, tile in (
@@ -1063,5 +966,5 @@ def moe(
             num_warps=tile.warps,
         )  # fmt: skip
     if not decode:
-        sum_kernel[(triton.cdiv(H, 1024), T)](y, out, T, H, top_k, 1, 1024, num_warps=4)
+        sum_kernel[(T, triton.cdiv(H, 1024))](y, out, T, H, top_k, 1024, num_warps=4)
     return out
