@@ -464,7 +464,7 @@ def prepare(experts, activations: str) -> Packed:
         experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias, scales[0], 2
     )
     down = pack(experts.down_weight, experts.down_scale, experts.down_bias, scales[1], 1)
-    return Packed(gate_up, down, activations, down.bias.new_zeros(1 << 10, dtype=torch.int32))
+    return Packed(gate_up, down, activations, down.bias.new_zeros(1 << 12, dtype=torch.int32))
 
 
 def pack(weight: Tensor, scale: Tensor | None, bias: Tensor, input_scale: float, pair: int):
@@ -655,8 +655,8 @@ def route_kernel(
         terms = logits + (part * T + token[:, None]) * E + e[None, :]
         total += tl.load(terms, mask=there, other=0.0)
     total += tl.load(router_bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
-    # integers in the order of the logits: -0 as 0, NaN above all
-    bits = (total + 0.0).to(tl.int32, bitcast=True)
+    # integers in the order of the logits, of which none is -0, as sums begin at 0; NaN above all
+    bits = total.to(tl.int32, bitcast=True)
     order = tl.where(total != total, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     order = tl.where(e[None, :] < E, order, -0x80000000)
     slots = tl.arange(0, triton.next_power_of_2(TOP_K))
@@ -881,9 +881,9 @@ class Tile(NamedTuple):
     split: int = 1
 
 
-def tiles_for(T: int, rows: float, hip: bool, dtype: torch.dtype) -> tuple[Tile, Tile]:
-    """The tiles of the two GEMMs, of equal BM, for T tokens and `rows` pairs an expert in the
-    mean."""
+def tiles_for(T: int, rows: float, mxfp4: bool, dtype: torch.dtype, hip: bool) -> tuple[Tile, Tile]:
+    """The tiles of the two GEMMs, of equal BM, for T tokens of a dtype and `rows` pairs an expert
+    in the mean. mxfp4: the weights are, else bfloat16."""
     if dtype == torch.float32:  # multiplied without the matrix units: the sums of IEEE's float32
         first = second = Tile(64, 16, 64, 4, 1)
     elif T <= DECODE_TOKENS:
@@ -896,9 +896,10 @@ def tiles_for(T: int, rows: float, hip: bool, dtype: torch.dtype) -> tuple[Tile,
         first = second = Tile(128, 64, 64, 8, 4)
     else:
         first = second = Tile(128, 128, 64, 8, 4)
-    if hip:  # whose compiler prefetches to registers
-        return tuple(
-            t._replace(BK=min(t.BK, 128), stages=min(t.stages, 2)) for t in (first, second)
+    if not mxfp4 or hip:  # to fit into the local memory of all; to registers, where HIP prefetches
+        BK, stages = (128, 2) if mxfp4 else (64, 2 if hip else 3)
+        first, second = (
+            t._replace(BK=min(t.BK, BK), stages=min(t.stages, stages)) for t in (first, second)
         )
     return first, second
 
@@ -925,13 +926,13 @@ def moe(
     if x.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"x is {x.dtype}, the kernels take bfloat16 and float32")
     (T, H), E, x = x.shape, len(router_weight), x.contiguous()
-    if T > 64 * len(packed.arrived):
-        raise ValueError(f"{T} tokens at once, the kernels take {64 * len(packed.arrived)}")
+    if T > 32 * len(packed.arrived):
+        raise ValueError(f"{T} tokens at once, the kernels take {32 * len(packed.arrived)}")
     out = torch.empty_like(x)
     if not T:
         return out
     R, inner, decode, hip = T * top_k, packed.down.K, T <= DECODE_TOKENS, on_hip()
-    cuts = tiles_for(T, R / E, hip, x.dtype)
+    cuts = tiles_for(T, R / E, packed.down.scale is not None, x.dtype, hip)
     BM, split = cuts[0].BM, cuts[1].split if decode else 1
     tiles = min(R, E) if decode else R // BM + min(R, E)  # at most
 
@@ -941,7 +942,7 @@ def moe(
     chosen, gates = new(R), new(R, dtype=torch.float32)
     experts, rows, count = new(tiles), new(tiles, BM), new(1)
     seen = x if activations == "bf16" else torch.empty_like(x)
-    tokens, size, part = (BM, 16, 384) if decode else (64, 32, H)
+    tokens, size, part = (BM, 16, 384) if decode else (32, 32, H)
     parts = triton.cdiv(H, part)
     logits = new(parts, T, E, dtype=torch.float32)
     route_kernel[(triton.cdiv(E, size), parts, triton.cdiv(T, tokens))](

@@ -225,12 +225,13 @@ def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str) ->
         for variant in [None, *variants]:
             if variant and T <= ops_triton.DECODE_TOKENS and variant.BM != 16:
                 continue
-            tiles = chosen_by(T, T * k / E, ops_triton.on_hip(), torch.bfloat16)
+            tiles = chosen_by(T, T * k / E, True, torch.bfloat16, ops_triton.on_hip())
             tiles = (variant, variant) if variant else tiles
             with mock.patch.object(ops_triton, "tiles_for", lambda *_, tiles=tiles: tiles):
+                cut = " ".join(",".join(map(str, tile)) for tile in tiles)
                 bench.row(
-                    "moe", calls, nbytes, flop, error, T=T, active=round(active, 1),
-                    tile=" ".join(",".join(map(str, tile)) for tile in tiles), chosen=variant is None,
+                    "moe", calls, nbytes, flop, error, T=T, active=round(active, 1), tile=cut,
+                    chosen=variant is None,
                 )  # fmt: skip
                 if variant is None and bench.device.type == "cuda":
                     kernels(bench, calls, T)

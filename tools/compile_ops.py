@@ -99,7 +99,8 @@ def compiling_for(name: str):
             )
 
         get_current_target = staticmethod(lambda: target)
-        get_current_device = staticmethod(lambda: name)
+        # apart from kernels that an emulator compiled
+        get_current_device = staticmethod(lambda: f"{name}, not here")
         get_current_stream = staticmethod(lambda _: 0)
         get_active_torch_device = staticmethod(lambda: torch.device("meta"))
 
@@ -131,8 +132,11 @@ def main() -> None:
                 (args.keep / f"{k.name}_{T}_{found.index(k)}.txt").write_text(k.text)
 
 
-def launch_layer(c: weights.Config, T: int, activations="bf16", dtype=torch.bfloat16) -> None:
-    """The five operations of a layer on meta tensors: T = 1 is a decode step, else a prompt."""
+def launch_layer(
+    c: weights.Config, T: int, activations="bf16", dtype=torch.bfloat16, mxfp4=True
+) -> None:
+    """The five operations of a layer on meta tensors: T = 1 is a decode step, else a prompt. mxfp4:
+    the experts are, else bfloat16."""
 
     def new(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -155,6 +159,10 @@ def launch_layer(c: weights.Config, T: int, activations="bf16", dtype=torch.bflo
         ops_triton.attention(new(T, (N + 2 * G) * D), new(N), new(4096, 2, G, D), kind, step)
 
     def weight(N, K):
+        if not mxfp4:
+            return ops_triton.Weight(
+                new(E, N, K, dtype=torch.bfloat16), None, new(E, N), 1.0, False, N, K
+            )
         blocks = -(-K // 64), -(-N // 16)
         data = new(E, *blocks, 8, 4, 4, dtype=torch.int32)
         scale, bias = new(E, *blocks, 8, dtype=torch.int32), new(E, N, dtype=torch.float32)
