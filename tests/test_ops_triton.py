@@ -1,9 +1,11 @@
 """ops_triton.py under gfx950.emulate(): compiled by this environment's Triton for a gfx950 and
 executed from the assembly, against the equations of gptoss.py. Nothing here ran on a GPU."""
 
+import json
 import math
 from dataclasses import replace
 
+import bench_ops
 import compile_ops
 import pytest
 import torch
@@ -417,6 +419,17 @@ def test_moe_same_bits_under_every_timing_and_schedule(T):
     assert all(torch.equal(first, other) for other in rest)
 
 
+def test_decode_reads_the_active_experts_once_and_no_other():
+    experts, inputs = make_experts(9, 160, 96), make_inputs(3, 9, 160)
+    packed = ops_triton.prepare(experts, "bf16")
+    with gfx950.emulate() as gpu:
+        ops_triton.moe(*inputs, packed, 2)
+    active = len(gptoss.gating(*inputs, 2).counts)
+    assert active < 9
+    for launch, weight in zip(gpu.launches[1:], (packed.gate_up, packed.down), strict=True):
+        assert launch.counters.tensors["data"]["read"] == weight.data[:active].nbytes
+
+
 def test_bf16_weights_of_any_size():
     check_moe(make_inputs(3, 4, 33), make_experts(4, 33, 13, bf16=True), 2)
     check_moe(make_inputs(20, 4, 33), make_experts(4, 33, 13, bf16=True), 2)
@@ -523,6 +536,15 @@ def test_the_tiny_model_says_what_the_equations_say(monkeypatch):
     layers = want.config.num_hidden_layers
     assert relative(logits, want.logits(prompts[0])) < 2 * layers * SAME_SUMS
     assert tokens == want.generate(prompts, 3, page_size=4, stop_tokens=())
+
+
+def test_the_bench_runs_all_operations(capsys):
+    assert bench_ops.main(["--model", "tiny", "--tokens", "2"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
+    assert {row["op"].split()[0] for row in rows if "op" in row} == {
+        "add_norm", "attention", "moe", "F.linear", "linear_kernel",
+    }  # fmt: skip
+    assert all(row["error"] < TWO_ROUNDINGS * 1.5 for row in rows if row.get("error"))
 
 
 # -- compilers ------------------------------------------------------------------------------------
