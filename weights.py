@@ -22,6 +22,7 @@ import tiktoken
 import torch
 from safetensors import SafetensorError, safe_open
 
+ENDS = ("<|return|>", "<|call|>", "<|endoftext|>")  # Harmony's, after which a completion is over
 MX_GROUP = 32  # values that share one E8M0 scale (OCP Microscaling Formats v1.0, 5.2)
 
 
@@ -227,6 +228,7 @@ class Checkpoint:
     layout: str  # "hf-mxfp4" | "openai" | "quark" | "hf-bf16"
     dense: dict[str, torch.Tensor]
     experts: list[Experts]  # one per layer
+    stop_tokens: frozenset[int]  # after which a completion is over
 
 
 # Every tensor of every layout: its stored name, our name, its dtype, its shape. {l} counts layers,
@@ -383,7 +385,21 @@ def load(path: str | Path) -> Checkpoint:
         )
     layers = (None, *range(config.num_hidden_layers))
     check(path, files, [stored for n in layers for stored in tensors_of(config, layout, n)])
-    return assemble(config, layout, lambda group: read(files, group), "loading")
+    checkpoint = assemble(config, layout, lambda group: read(files, group), "loading")
+    return dataclasses.replace(checkpoint, stop_tokens=checkpoint.stop_tokens | find_stops(path))
+
+
+def find_stops(path: Path) -> frozenset[int]:
+    """Stop tokens that a checkpoint names elsewhere than in config.json: generation_config.json's
+    and, of the tokenizer's own, ENDS."""
+    stops = []
+    if (path / "generation_config.json").exists():
+        named = read_json(path / "generation_config.json").get("eos_token_id")
+        stops += named if isinstance(named, list) else [named]
+    if (path / "tokenizer.json").exists():
+        added = read_json(path / "tokenizer.json").get("added_tokens") or []
+        stops += [token["id"] for token in added if token.get("content") in ENDS]
+    return frozenset(token for token in stops if isinstance(token, int))
 
 
 def random(config: Config, layout: str, device="cpu", seed: int = 0) -> Checkpoint:
@@ -440,7 +456,7 @@ def assemble(config: Config, layout: str, read_group: Callable, label: str) -> C
             fields = {name: joined.pop(f"{layer}.{name}", None) for name in names}
             experts.append(as_experts(layout, fields))
         dense |= joined
-    return Checkpoint(config, layout, dense, experts)
+    return Checkpoint(config, layout, dense, experts, frozenset(config.eos_token_id))
 
 
 def join(ours: str, tensors: list[torch.Tensor]) -> torch.Tensor:
