@@ -504,6 +504,7 @@ BAD = [
 )
 def test_command_line_errors(args, code, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gptoss.py", *args])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     try:
         found = gptoss.main()
     except SystemExit as exit:
