@@ -150,7 +150,7 @@ def rope(config: Config, device: torch.device) -> tuple[Tensor, float]:
     slow = (torch.arange(D // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
     slow = slow.clamp(0, 1)
     frequency = frequency / config.rope_factor * slow + frequency * (1 - slow)
-    return frequency.to(device), 0.1 * math.log(config.rope_factor) + 1
+    return frequency.to(device), config.rope_attention_factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -505,7 +505,7 @@ class GPTOSS:
         self.dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
         if self.dtype not in self.ops.dtypes:
             raise ValueError(f"dtype={self.dtype}, these ops compute in {self.ops.dtypes}")
-        self.activations = choose_activations(activations, checkpoint.experts[0], self.ops)
+        self.activations = choose_activations(activations, checkpoint, self.ops)
         self.stop_tokens = checkpoint.stop_tokens
         self.load(checkpoint)
 
@@ -677,17 +677,16 @@ def check_whole(least: int, **values) -> None:
             raise ValueError(f"{name}={value!r}, expected a whole number of at least {least}")
 
 
-def choose_activations(name: str, experts: Experts, ops: Ops) -> str:
+def choose_activations(name: str, checkpoint: weights.Checkpoint, ops: Ops) -> str:
     """What the expert GEMMs see. "auto": what the checkpoint was made for, if `ops` multiply it,
-    else mxfp8. Raises ValueError for what they do not multiply."""
+    else mxfp8. ops.prepare raises ValueError for what they do not multiply."""
     if name != "auto":
         return name
-    published = "bf16" if experts.gate_up_input_scale is None else "fp8"
     try:
-        ops.prepare(experts, published)
+        ops.prepare(checkpoint.experts[0], checkpoint.activations)
     except ValueError:
         return "mxfp8"
-    return published
+    return checkpoint.activations
 
 
 # --------------------------------------------------------------------------------------------------
