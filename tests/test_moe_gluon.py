@@ -4,6 +4,7 @@ assembly.
 The oracle is gptoss.moe_reference with the same activations. Nothing here ran on a gfx950."""
 
 import contextlib
+import math
 import pathlib
 import re
 import types
@@ -251,14 +252,47 @@ def test_routing(T, E, top_k):
     assert int(packed.arrived) == 0
 
 
-def test_a_token_of_nan_harms_no_other():
-    experts, (x, router_weight, router_bias) = make_experts(8, 64, 32), make_inputs(4, 8, 64)
-    packed = prepare(experts, "mxfp8")
-    with gfx950.emulate():
-        want = moe(x, router_weight, router_bias, packed, 3)
-        x[2] = float("nan")
-        got = moe(x, router_weight, router_bias, packed, 3)
-    assert torch.equal(got[[0, 1, 3]], want[[0, 1, 3]])  # token 2: what saturates, no fault
+def spoiled(name, at, value):
+    """The arguments of a layer with one value replaced in the tensor `name`."""
+
+    def spoil(x, router_weight, router_bias, experts):
+        given = {"x": x, "router_weight": router_weight, "router_bias": router_bias}
+        tensor = (given[name] if name in given else getattr(experts, name)).clone()
+        tensor[at] = value
+        if name in given:
+            return *(given | {name: tensor}).values(), experts
+        return x, router_weight, router_bias, replace(experts, **{name: tensor})
+
+    return spoil
+
+
+NAN = [
+    ("x", (2, 7), math.nan),
+    ("router_weight", (3, 5), math.nan),
+    ("router_bias", 3, math.nan),
+    ("gate_up_bias", (1, 4), math.nan),
+    ("gate_up_bias", (1, 5), math.nan),
+    ("down_bias", (1, 4), math.nan),
+    *(("gate_up_scale", (1, row, 2), byte) for row in (6, 7) for byte in (254, 255)),
+    *(("down_scale", (1, 7, 1), byte) for byte in (254, 255)),
+]
+
+
+@pytest.mark.parametrize("T", [5, 20])
+@pytest.mark.parametrize("activations", ORACLE)
+def test_nan_surfaces_where_the_oracle_has_it(activations, T):
+    """In the same rows and columns, and nowhere else. The scale byte 255 is NaN; 254 makes
+    infinities whose sums are."""
+    H, inner = 96, 64
+    inputs, experts = make_inputs(T, 8, H), make_experts(8, H, inner, activations == "bf16")
+    for name, at, value in NAN:
+        if activations == "bf16" and "scale" in name:
+            continue
+        layer = spoiled(name, at, value)(*inputs, experts)
+        want = gptoss.moe_reference(*layer, 4, activations)
+        with gfx950.emulate():
+            got = moe(*layer[:3], prepare(layer[3], activations), 4)
+        assert want.isnan().any() and torch.equal(got.isnan(), want.isnan()), (name, at, value)
 
 
 def extremes(H):
@@ -848,8 +882,8 @@ def test_prefill_counters(activations):
     # Least ratios of matrix cycles to LDS reads and to issue, and the most vector work outside the
     # loop; fp4 multiplies twice as fast with the same instructions around it.
     reads, issue, outside = {
-        "fp8": (3.8, 3.3, 0.22),
-        "mxfp8": (3.6, 2.4, 0.25),
+        "fp8": (3.8, 3.3, 0.24),
+        "mxfp8": (3.6, 2.4, 0.26),
         "mxfp4": (2.3, 1.3, 0.47),
         "bf16": (2.6, 2.1, 0.09),
     }[activations]
