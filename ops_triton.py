@@ -1,0 +1,1005 @@
+"""The five operations of a forward pass as Triton kernels, for every GPU that Triton compiles for.
+
+`prepare`, `plan`, `add_norm`, `attention` and `moe` have the signatures and the results of the
+operations of the same names in gptoss.py, which are their definition; none of them reads anything
+back from the device, so that a decode step can be captured as a graph. The letters are gptoss.py's:
+
+    T  tokens of a step, S sequences of Q each       H  hidden size       I  intermediate size
+    N  query heads       G  key/value heads          D  head dim          E  experts
+    M  query heads that share a key head: N / G      k  experts of a token
+    P  pages of a block table                        C  tokens it has room for: P * page_size
+    pair  a token and one of its k slots: pair = token * k + slot
+
+Each kernel accumulates in float32. Where programs share a sum, each stores its part, and the last
+one to arrive at a counter adds the parts in a fixed order: results do not change from run to run.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+capturable = True
+ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
+GROUP = tl.constexpr(32)  # values that share a scale (OCP Microscaling Formats v1.0, 5.2)
+DECODE_TOKENS = 16  # up to here: one tile of tokens meets the weights of each active expert
+SPLITS, SPLIT_KEYS = tl.constexpr(16), tl.constexpr(128)  # parts of a sequence's keys; of a part
+
+
+def next_power(n: int, least: int = 1) -> int:
+    return max(triton.next_power_of_2(n), least)
+
+
+def on_hip() -> bool:
+    return triton.runtime.driver.active.get_current_target().backend == "hip"
+
+
+@triton.jit
+def arrive(counter, lane, HIP: tl.constexpr):
+    """Adds 1 to a counter after everything that this program has stored, and makes what earlier
+    arrivals stored visible to it -> how many came before. `lane` is any tensor that all warps
+    hold."""
+    if HIP:  # its barrier orders local memory only: each wave has to await its own stores
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)", "=v,0,~{memory}", [lane], dtype=tl.int32, is_pure=False, pack=1
+        )
+    tl.debug_barrier()
+    return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+
+
+# --------------------------------------------------------------------------------------------------
+# Residual and norm
+
+
+@triton.jit
+def add_norm_kernel(
+    x, y, scale, total, norm, H, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A program a row."""
+    h = tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * H + h
+    row = tl.load(x + at, mask=h < H, other=0.0)
+    if HAS_Y:
+        row = (row.to(tl.float32) + tl.load(y + at, mask=h < H, other=0.0).to(tl.float32)).to(
+            row.dtype
+        )
+        tl.store(total + at, row, mask=h < H)
+    wide = row.to(tl.float32)
+    inverse = 1 / tl.sqrt_rn(tl.sum(wide * wide, 0) / H + eps)
+    wide = wide * inverse * tl.load(scale + h, mask=h < H, other=0.0)
+    tl.store(norm + at, wide.to(norm.dtype.element_ty), mask=h < H)
+
+
+def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [T, H] plus y, and the RMS norm of the sum times scale, float32 [H]; one launch."""
+    x, y = x.contiguous(), None if y is None else y.contiguous()
+    total, norm = x if y is None else torch.empty_like(x), torch.empty_like(x)
+    T, H = x.shape
+    block = next_power(H)
+    warps = min(max(block // 512, 1), 16)
+    if T:
+        add_norm_kernel[(T,)](
+            x, y, scale, total, norm, H, eps, y is not None, block, num_warps=warps
+        )
+    return total, norm
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all layers of a step share, on the device."""
+
+    cos: Tensor  # float32 [T, D/2]
+    sin: Tensor
+    positions: Tensor  # int32 [S, Q]
+    newest: Tensor | None  # int32 [S], the last position of each sequence, where Q > 1
+    tables: dict[str, Tensor]
+    page_size: int
+    window: int
+    arrived: Tensor  # int32 [S * G], zero between launches
+
+
+@functools.cache
+def rope(config, device: torch.device) -> tuple[Tensor, float]:
+    """Radians a token of each pair of a head's elements, [D/2], and what multiplies cos and sin:
+    YaRN (https://arxiv.org/abs/2309.00071, sections 3.2 to 3.4, bounds not truncated)."""
+    D, base, context = config.head_dim, config.rope_theta, config.initial_context_length
+    frequency = base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)  # [D/2]
+    low, high = (
+        D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
+        for turns in (config.rope_beta_fast, config.rope_beta_slow)
+    )
+    low, high = max(low, 0), min(high, D - 1)
+    slow = (torch.arange(D // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    slow = slow.clamp(0, 1)
+    frequency = frequency / config.rope_factor * slow + frequency * (1 - slow)
+    return frequency.to(device), 0.1 * math.log(config.rope_factor) + 1
+
+
+def plan(step, config) -> Plan:
+    """step: positions int32 [S, Q], -1 for padding; tables, kind of layer -> int32 [S, P];
+    page_size. Rows of positions are consecutive, padding comes last."""
+    S, Q = step.positions.shape
+    frequency, factor = rope(config, step.positions.device)
+    angles = step.positions.view(-1, 1) * frequency  # [T, D/2]
+    return Plan(
+        cos=angles.cos() * factor,
+        sin=angles.sin() * factor,
+        positions=step.positions.contiguous(),
+        newest=step.positions.amax(1) if Q > 1 else None,
+        tables={kind: table.contiguous() for kind, table in step.tables.items()},
+        page_size=step.page_size,
+        window=config.sliding_window,
+        arrived=step.positions.new_zeros(S * config.num_key_value_heads),
+    )
+
+
+@triton.jit
+def rotated(head, cos, sin, d, live, D: tl.constexpr):
+    """A head's elements d after rotary embedding, in its dtype: the pair of element i is
+    (i, i + D/2). head, cos, sin: pointers to the first element, broadcast against d."""
+    HALF: tl.constexpr = D // 2
+    first = d < HALF
+    x = tl.load(head + d, mask=live, other=0.0)
+    other = tl.load(head + tl.where(first, d + HALF, d - HALF), mask=live, other=0.0)
+    turn = tl.where(first, d, d - HALF)
+    c, s = tl.load(cos + turn, mask=live, other=0.0), tl.load(sin + turn, mask=live, other=0.0)
+    s = tl.where(first, -s, s)
+    return (x.to(tl.float32) * c + other.to(tl.float32) * s).to(x.dtype)
+
+
+@triton.jit
+def cached(pool, table, position, g, C, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, live):
+    """Pointers to the keys of head g at these positions; the values are G * D further."""
+    index = position % C
+    page = tl.load(table + index // PAGE, mask=live, other=0)
+    slot = (page * PAGE + index % PAGE).to(tl.int64)
+    return pool + slot * (2 * G * D) + g * D
+
+
+@triton.jit
+def attend(q, k, v, seen, top, total, acc, scale):
+    """A tile of keys into a running softmax. q [R, D], k and v [L, D], seen [R, L]; top, the
+    largest logit so far in powers of 2, and total, sum of 2^(logit - top): float32 [R]; acc
+    [R, D]."""
+    logits = tl.dot(q, k.T, input_precision="ieee") * scale  # [R, L]
+    logits = tl.where(seen, logits, -float("inf"))
+    new = tl.maximum(top, tl.max(logits, 1))
+    share, fade = tl.exp2(logits - new[:, None]), tl.exp2(top - new)
+    acc = acc * fade[:, None] + tl.dot(share.to(v.dtype), v, input_precision="ieee")
+    return new, total * fade + tl.sum(share, 1), acc
+
+
+@triton.jit(do_not_specialize=["P"])
+def decode_kernel(
+    qkv,
+    sinks,
+    pool,
+    out,
+    cos,
+    sin,
+    positions,
+    table,
+    parts,
+    arrived,
+    P,
+    scale,
+    WINDOW: tl.constexpr,
+    PAGE: tl.constexpr,
+    M: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
+    HIP: tl.constexpr,
+):
+    """Program (g, s, z): part z of the keys that sequence s's one token sees, for the M query heads
+    of key head g. Part 0 has the token's own key, which it caches, and the sinks. How many parts
+    there are depends on the sequence's length alone."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    g, s, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position = tl.load(positions + s)
+    m, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    live = (m[:, None] < M) & (d[None, :] < D)
+    into = out + (s * G * M + g * M + m[:, None]) * D + d[None, :]
+    if position < 0:
+        if z == 0:
+            tl.store(into, tl.zeros([ROWS, COLUMNS], out.dtype.element_ty), mask=live)
+        return
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(position - WINDOW + 1, 0)
+    used = tl.minimum(tl.maximum(tl.cdiv(position - first, SPLIT_KEYS), 1), SPLITS)
+    if z >= used:
+        return
+
+    cos += s * (D // 2)
+    sin += s * (D // 2)
+    qkv += s.to(tl.int64) * ((M * G + 2 * G) * D)
+    q = rotated(qkv + (g * M + m[:, None]) * D, cos, sin, d[None, :], live, D)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    table += s * P
+    C = P * PAGE
+    if z == 0:
+        qkv += (G * M + g) * D
+        own_k = rotated(qkv, cos, sin, d, d < D, D)
+        own_v = tl.load(qkv + G * D + d, mask=d < D, other=0.0)
+        slot = cached(pool, table, position, g, C, G, D, PAGE, True) + d
+        tl.store(slot, own_k, mask=d < D)
+        tl.store(slot + G * D, own_v, mask=d < D)
+        logit = tl.sum(q.to(tl.float32) * own_k.to(tl.float32)[None, :], 1) * scale
+        sink = tl.load(sinks + g * M + m, mask=m < M, other=0.0).to(tl.float32) * LOG2E
+        top = tl.maximum(logit, sink)
+        own = tl.exp2(logit - top)
+        total = own + tl.exp2(sink - top)
+        acc = own[:, None] * own_v.to(tl.float32)[None, :]
+
+    length = tl.cdiv(tl.cdiv(position - first, used), KEYS) * KEYS  # of a part
+    begin = first + z * length
+    end = tl.minimum(begin + length, position)
+    for start in tl.range(begin, end, KEYS):
+        key = start + tl.arange(0, KEYS)
+        at = cached(pool, table, key, g, C, G, D, PAGE, key < end)[:, None] + d[None, :]
+        there = (key[:, None] < end) & (d[None, :] < D)
+        k = tl.load(at, mask=there, other=0.0)
+        v = tl.load(at + G * D, mask=there, other=0.0)
+        top, total, acc = attend(q, k, v, (key < end)[None, :], top, total, acc, scale)
+
+    if used > 1:
+        # a part's rows: top and total in two columns beyond its D
+        row = (((s * G + g) * tl.num_programs(2)) * ROWS + m) * (COLUMNS + 2)
+        mine = parts + row + z * ROWS * (COLUMNS + 2)
+        tl.store(mine[:, None] + d[None, :], acc)
+        tl.store(mine + COLUMNS, top)
+        tl.store(mine + COLUMNS + 1, total)
+        if arrive(arrived + s * G + g, m, HIP) < used - 1:
+            return
+        tl.store(arrived + s * G + g, 0)
+        top = tl.load(parts + row + COLUMNS)
+        total = tl.load(parts + row + COLUMNS + 1)
+        acc = tl.load(parts + row[:, None] + d[None, :])
+        for part in range(1, used):
+            theirs = parts + row + part * ROWS * (COLUMNS + 2)
+            their_top = tl.load(theirs + COLUMNS)
+            new = tl.maximum(top, their_top)
+            fade, their_fade = tl.exp2(top - new), tl.exp2(their_top - new)
+            total = total * fade + tl.load(theirs + COLUMNS + 1) * their_fade
+            their_acc = tl.load(theirs[:, None] + d[None, :])
+            acc = acc * fade[:, None] + their_acc * their_fade[:, None]
+            top = new
+    tl.store(into, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["Q", "P"])
+def prefill_kernel(
+    qkv,
+    keys,
+    sinks,
+    pool,
+    out,
+    cos,
+    sin,
+    positions,
+    table,
+    Q,
+    P,
+    scale,
+    WINDOW: tl.constexpr,
+    PAGE: tl.constexpr,
+    M: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Program (tile, g, s): QUERIES tokens of sequence s and the M query heads of key head g, over
+    the cached keys before the chunk and then the chunk's own, rotated, in `keys` [T, G, D]."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    # the last tiles see the most keys: they start first
+    tile, g, s = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.arange(0, HEADS * QUERIES)
+    m, d = row % HEADS, tl.arange(0, COLUMNS)
+    query = tile * QUERIES + row // HEADS
+    positions += s * Q
+    position = tl.load(positions + query, mask=query < Q, other=-1)
+    token = s.to(tl.int64) * Q + query
+    live = ((m < M) & (query < Q))[:, None] & (d[None, :] < D)
+    WIDTH: tl.constexpr = (M * G + 2 * G) * D  # of a token in qkv
+    q = rotated(
+        qkv + token[:, None] * WIDTH + (g * M + m[:, None]) * D,
+        cos + token[:, None] * (D // 2),
+        sin + token[:, None] * (D // 2),
+        d[None, :],
+        live,
+        D,
+    )
+    sink = tl.load(sinks + g * M + m, mask=m < M, other=0.0).to(tl.float32) * LOG2E
+    top, total = sink, tl.full([HEADS * QUERIES], 1.0, tl.float32)  # the sink's own share
+    acc = tl.zeros([HEADS * QUERIES, COLUMNS], tl.float32)
+
+    begin = tl.load(positions)  # of the chunk: the cached tokens are those before
+    first, first_own = 0, 0
+    if WINDOW > 0:
+        first = tl.maximum(begin + tile * QUERIES - WINDOW + 1, 0)
+        first_own = tl.maximum(tile * QUERIES - WINDOW + 1, 0) // KEYS * KEYS
+    table += s * P
+    for start in tl.range(first, begin, KEYS):
+        key = start + tl.arange(0, KEYS)
+        at = cached(pool, table, key, g, P * PAGE, G, D, PAGE, key < begin)[:, None] + d[None, :]
+        there = (key[:, None] < begin) & (d[None, :] < D)
+        k = tl.load(at, mask=there, other=0.0)
+        v = tl.load(at + G * D, mask=there, other=0.0)
+        seen = (key < begin)[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW > 0:
+            seen &= key[None, :] > position[:, None] - WINDOW
+        top, total, acc = attend(q, k, v, seen, top, total, acc, scale)
+
+    values = qkv + (M * G + G + g) * D
+    for start in tl.range(first_own, tl.minimum((tile + 1) * QUERIES, Q), KEYS):
+        own = start + tl.arange(0, KEYS)
+        key = tl.load(positions + own, mask=own < Q, other=-1)
+        at = s.to(tl.int64) * Q + own
+        there = (own[:, None] < Q) & (d[None, :] < D)
+        k = tl.load(keys + (at[:, None] * G + g) * D + d[None, :], mask=there, other=0.0)
+        v = tl.load(values + at[:, None] * WIDTH + d[None, :], mask=there, other=0.0)
+        seen = (key >= 0)[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW > 0:
+            seen &= key[None, :] > position[:, None] - WINDOW
+        top, total, acc = attend(q, k, v, seen, top, total, acc, scale)
+    into = out + (token[:, None] * (G * M) + g * M + m[:, None]) * D + d[None, :]
+    tl.store(into, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def rotate_keys_kernel(
+    qkv, cos, sin, keys, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Program (token, g)."""
+    token, g, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, COLUMNS)
+    head = qkv + (token * (M * G + 2 * G) + M * G + g) * D
+    k = rotated(head, cos + token * (D // 2), sin + token * (D // 2), d, d < D, D)
+    tl.store(keys + (token * G + g) * D + d, k, mask=d < D)
+
+
+@triton.jit(do_not_specialize=["Q", "P"])
+def cache_kernel(
+    qkv,
+    keys,
+    pool,
+    positions,
+    newest,
+    table,
+    Q,
+    P,
+    PAGE: tl.constexpr,
+    M: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Program (token, g): of more new tokens than the table has room for the last stay."""
+    token, g, d = tl.program_id(0), tl.program_id(1), tl.arange(0, COLUMNS)
+    s, C = token // Q, P * PAGE
+    position = tl.load(positions + token)
+    if (position < 0) | (position <= tl.load(newest + s) - C):
+        return
+    token = token.to(tl.int64)
+    at = cached(pool, table + s * P, position, g, C, G, D, PAGE, True) + d
+    k = tl.load(keys + (token * G + g) * D + d, mask=d < D)
+    v = tl.load(qkv + (token * (M * G + 2 * G) + M * G + G + g) * D + d, mask=d < D)
+    tl.store(at, k, mask=d < D)
+    tl.store(at + G * D, v, mask=d < D)
+
+
+def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -> Tensor:
+    """Rotates queries and keys, attends to the cached tokens and the step's own, and caches these.
+    qkv [T, (N + 2G) D]; sinks [N]; pool [slots, 2, G, D], keys and values -> [T, N D].
+
+    One launch where Q = 1. For chunks three: the keys are rotated, attention reads what was cached
+    before, and only then is the pool written, where a sliding layer's ring may overwrite what the
+    chunk's first queries saw."""
+    (S, Q), N, (G, D) = plan.positions.shape, len(sinks), pool.shape[2:]
+    T, M, columns = S * Q, N // G, next_power(D, 16)
+    qkv, table = qkv.contiguous(), plan.tables[kind]
+    P, sliding = table.shape[1], kind == "sliding_attention"
+    window = plan.window if sliding else 0
+    scale = D**-0.5 * math.log2(math.e)
+    out = qkv.new_empty(T, N * D)
+    if not T:
+        return out
+    step = (plan.cos, plan.sin, plan.positions)
+    if Q == 1:
+        room = P * plan.page_size
+        most = min(room, window) if sliding else room  # keys
+        splits = min(triton.cdiv(most, SPLIT_KEYS.value), SPLITS.value)
+        rows = next_power(M, 16)
+        parts = qkv.new_empty(S * G * splits, rows, columns + 2, dtype=torch.float32)
+        decode_kernel[(G, S, splits)](
+            qkv, sinks, pool, out, *step, table, parts, plan.arrived, P, scale, window,
+            plan.page_size, M, G, D, rows, columns, 64, on_hip(), num_warps=4,
+        )  # fmt: skip
+        return out
+    keys = qkv.new_empty(T, G, D)
+    rotate_keys_kernel[(T, G)](qkv, plan.cos, plan.sin, keys, M, G, D, columns, num_warps=1)
+    heads = next_power(M)
+    queries = max((128 if qkv.dtype == torch.bfloat16 else 32) // heads, 1)
+    prefill_kernel[(triton.cdiv(Q, queries), G, S)](
+        qkv, keys, sinks, pool, out, *step, table, Q, P, scale, window, plan.page_size, M, G, D,
+        heads, queries, columns, 64 if qkv.dtype == torch.bfloat16 else 32, num_warps=8,
+    )  # fmt: skip
+    cache_kernel[(T, G)](
+        qkv, keys, pool, plan.positions, plan.newest, table, Q, P, plan.page_size, M, G, D, columns,
+        num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# Experts' weights
+
+
+@dataclass
+class Weight:
+    """One projection of all experts, its rows padded to a multiple of 16. Of gate_up each 16 rows
+    are 8 gates and then their 8 ups, so that a thread of the GEMM has both.
+
+    mxfp4, blocks of 16 rows x 64 inputs: data int32 [E, K/64, N/16, 8, 4, 4]; word (r, c, i) of a
+    block has the codes of row r + 8 (i // 2) and of the inputs 32 (i % 2) + 16 b + 8 a + 2 c + h,
+    which are what lane 4 r + c holds of an NVIDIA matrix instruction's left operand: a lane loads
+    16 bytes, and a warp 512 in a row. `spread` says where a word has the code of (a, b, h). scale
+    int32 [E, K/64, N/16, 8]: byte i of word r is for word (r, c, i).
+
+    bf16: data [E, N, K], scale None."""
+
+    data: Tensor
+    scale: Tensor | None
+    bias: Tensor  # float32 [E, padded N]
+    input_scale: float  # what the quantised inputs are multiples of
+    wide: bool  # some scale byte is above 128: two multiplications, see `dequantised`
+    N: int  # rows, without padding
+    K: int
+
+
+@dataclass
+class Packed:
+    """A layer's experts, made for one kind of activations. `arrived` counts programs and is zero
+    between launches."""
+
+    gate_up: Weight
+    down: Weight
+    activations: str
+    arrived: Tensor  # int32
+
+
+def prepare(experts, activations: str) -> Packed:
+    """Packs a layer's experts (the fields of weights.Experts) on their device, 16 experts at a
+    time. The result is as large as the input, which is left as it was. Raises ValueError for what
+    the kernels do not multiply."""
+    if activations not in ACTIVATIONS:
+        expected = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activations={activations!r}, expected one of {expected}")
+    scales = 1.0, 1.0
+    if activations == "fp8":
+        scales = experts.gate_up_input_scale, experts.down_input_scale
+        if None in scales:
+            raise ValueError(
+                "activations='fp8' need the static input scales of a Quark checkpoint; use mxfp8"
+            )
+    for weight, scale in (
+        (experts.gate_up_weight, experts.gate_up_scale),
+        (experts.down_weight, experts.down_scale),
+    ):
+        K = weight.shape[2] * (1 if scale is None else 2)
+        if weight.dtype != (torch.bfloat16 if scale is None else torch.uint8):
+            raise ValueError(
+                f"expert weights are {weight.dtype}, expected bfloat16, or uint8 with scales"
+            )
+        if K % GROUP.value and (scale is not None or activations.startswith("mx")):
+            raise ValueError(
+                f"an expert's {K} inputs are no multiple of {GROUP.value}, which share a scale"
+            )
+    gate_up = pack(experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias, scales[0], 2)
+    down = pack(experts.down_weight, experts.down_scale, experts.down_bias, scales[1], 1)
+    return Packed(gate_up, down, activations, down.bias.new_zeros(1 << 10, dtype=torch.int32))
+
+
+def pack(weight: Tensor, scale: Tensor | None, bias: Tensor, input_scale: float, pair: int):
+    """weight [E, N, ...] and its scale and bias; pair 2: rows alternate gate and up -> Weight."""
+    E, N, _ = weight.shape
+    K = weight.shape[2] * (1 if scale is None else 2)
+
+    def rows(x):  # [e, N, ...] -> [e, padded N, ...], gates and ups apart in each 16
+        padded = x.new_zeros(len(x), -(-N // 16) * 16, *x.shape[2:])
+        padded[:, :N] = x
+        order = torch.arange(padded.shape[1], device=x.device).view(-1, 16 // pair, pair)
+        return padded.index_select(1, order.mT.flatten())
+
+    bias = rows(bias.float())
+    if scale is None:
+        return Weight(rows(weight), None, bias, input_scale, False, N, K)
+    blocks = -(-K // 64), bias.shape[1] // 16  # [K/64, N/16]
+    data = torch.empty(E, *blocks, 8, 4, 4, dtype=torch.int32, device=weight.device)
+    scales = torch.empty(E, *blocks, 8, dtype=torch.int32, device=weight.device)
+    for e in range(0, E, 16):
+        part = rows(weight[e : e + 16])  # [e, N, K/2]
+        part = torch.nn.functional.pad(part, (0, blocks[0] * 32 - K // 2))
+        # [e, N/16, i // 2, r, K/64, i % 2, b, a, c], a byte is h = 0 and 1
+        part = part.view(-1, blocks[1], 2, 8, blocks[0], 2, 2, 2, 4)
+        words = sum(spread(part[..., b, a, :], a, b) for a in (0, 1) for b in (0, 1))
+        words = words.permute(0, 4, 1, 3, 6, 2, 5)  # [e, K/64, N/16, r, c, i // 2, i % 2]
+        data[e : e + 16] = words.reshape(-1, *data.shape[1:])
+        part = rows(scale[e : e + 16])  # [e, N, K/32]
+        part = torch.nn.functional.pad(part, (0, blocks[0] * 2 - K // 32))
+        part = part.view(-1, blocks[1], 2, 8, blocks[0], 2).permute(0, 4, 1, 3, 2, 5)
+        scales[e : e + 16] = part.reshape(-1, *blocks, 8, 4).view(torch.int32)[..., 0]
+    return Weight(data, scales, bias, input_scale, bool((scale > 128).any()), N, K)
+
+
+def spread(byte: Tensor, a: int, b: int) -> Tensor:
+    """Both codes (sign, two bits of exponent, mantissa) of a byte to where a word has them: the
+    first in its lower 16 bits, the second in its upper ones. Sign and magnitude of (a, b) = (0, 0)
+    are at bits 15 and 8..6, where bfloat16 has them, those of (1, 0) and (0, 1) 3 and 6 bits lower,
+    and those of (1, 1) in the bits left: 14, 13, 11, 10."""
+    v = byte.int()
+    v = (v & 15) | (v >> 4 << 16)
+    sign, magnitude = v & 0x80008, v & 0x70007
+    if (a, b) == (1, 1):
+        return (sign << 11) | ((v & 0x40004) << 11) | ((v & 0x30003) << 10)
+    lower = 3 * a + 6 * b
+    return (sign << (12 - lower)) | (magnitude << (6 - lower))
+
+
+@triton.jit
+def times(pair, factor, CUDA: tl.constexpr):
+    """Two bfloat16 in an int32, each times that of `factor` -> both, bfloat16."""
+    pair, factor = tl.broadcast(pair, factor)
+    if CUDA:  # one instruction for both; adds -0, which changes nothing, as sm_80 multiplies so
+        product = tl.inline_asm_elementwise(
+            "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }",
+            "=r,r,r", [pair, factor], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+        return halves(product)
+    first, second = halves(pair)
+    factor, _ = halves(factor)
+    return first * factor, second * factor
+
+
+@triton.jit
+def halves(pair):
+    first = (pair & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return first, (pair >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def dequantised(words, scales, KB: tl.constexpr, NB: tl.constexpr, WIDE: tl.constexpr, CUDA: tl.constexpr):
+    """words int32 [KB, NB * 32, 4], scales int32 [KB, NB * 32] -> bfloat16 [NB * 16, KB * 64].
+
+    A code's sign and magnitude where bfloat16 has its sign and the low end of its exponent are the
+    code's value times 2^-126, also where it is subnormal. One multiplication by 2^126 and the
+    scale, 2^(byte - 127), puts that right. Their product has a bfloat16 up to byte 128. `WIDE`
+    multiplies by each, and byte 255 is NaN."""
+    SIGN_AND_MAGNITUDE: tl.constexpr = 0x81C081C0 - (1 << 32)
+    i = tl.arange(0, 4) * 8
+    byte = (scales[:, :, None] >> i[None, None, :]) & 255
+    factor = byte + 126
+    if WIDE:
+        factor = tl.full(byte.shape, 126 + 127, tl.int32)
+        byte = tl.where(byte == 255, 0x7FC0, tl.where(byte == 0, 0x40, byte << 7)) * 0x10001
+    factor = factor * 0x800080
+    code00 = words & SIGN_AND_MAGNITUDE
+    code10 = (words << 3) & SIGN_AND_MAGNITUDE
+    code01 = (words << 6) & SIGN_AND_MAGNITUDE
+    code11 = (words << 1) & (0x80008000 - (1 << 32))
+    code11 |= ((words >> 5) & 0x01000100) | ((words >> 4) & 0x00C000C0)
+    a00 = value(code00, factor, byte, WIDE, CUDA)  # [KB, NB * 32, i, h]
+    a10 = value(code10, factor, byte, WIDE, CUDA)
+    a01 = value(code01, factor, byte, WIDE, CUDA)
+    a11 = value(code11, factor, byte, WIDE, CUDA)
+    w = tl.join(tl.join(a00, a01), tl.join(a10, a11))  # [KB, NB * 32, i, h, b, a]
+    w = w.reshape(KB, NB, 8, 4, 2, 2, 2, 2, 2)  # block of K, of N, r, c, i // 2, i % 2, h, b, a
+    return w.permute(1, 4, 2, 0, 5, 7, 8, 3, 6).reshape(NB * 16, KB * 64)
+
+
+@triton.jit
+def value(code, factor, byte, WIDE: tl.constexpr, CUDA: tl.constexpr):
+    first, second = times(code, factor, CUDA)
+    if WIDE:
+        scale, _ = halves(byte)
+        scale, _ = tl.broadcast(scale, first)
+        first, second = first * scale, second * scale
+    return tl.join(first, second)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mixture of experts
+
+
+@triton.jit
+def quantised(x, scale, ACTIVATIONS: tl.constexpr):
+    """float32 x [groups, 32, columns] rounded to mxfp8 (e4m3) or mxfp4 (e2m1) along its groups, or
+    to e4m3 in units of scale: float32 again, and exact in bfloat16, but for multiples of the units
+    as they are. Elements round to nearest even and saturate."""
+    MX: tl.constexpr = ACTIVATIONS != "fp8"
+    FP4: tl.constexpr = ACTIVATIONS == "mxfp4"
+    LARGEST: tl.constexpr = 6.0 if FP4 else 448.0
+    LARGEST_EXPONENT: tl.constexpr = 2 if FP4 else 8
+    MANTISSA: tl.constexpr = 1 if FP4 else 3
+    LEAST: tl.constexpr = 127 if FP4 else 121  # exponent field of the smallest normal value
+    if MX:  # float32's own exponent field is the floor of the logarithm
+        bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)[:, None, :]
+        exponent = tl.maximum((bits >> 23) - 127 - LARGEST_EXPONENT, -127)
+        x = x * ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    else:
+        x = tl.div_rn(x, tl.zeros_like(x) + scale)
+    NAN: tl.constexpr = tl.PropagateNan.ALL
+    x = tl.minimum(tl.maximum(x, -LARGEST, propagate_nan=NAN), LARGEST, propagate_nan=NAN)
+    # adding and subtracting 1.5 * 2^23 steps rounds to a step
+    field = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, LEAST)
+    magic = (((field + 23 - MANTISSA) << 23) | 0x400000).to(tl.float32, bitcast=True)
+    x = (x + magic) - magic
+    if MX:
+        power = tl.where(exponent == -127, 0x400000, (exponent + 127) << 23)
+        x = x * power.to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit(do_not_specialize=["T"])
+def route_kernel(
+    x,
+    router_weight,
+    router_bias,
+    logits,
+    chosen,
+    gates,
+    experts,
+    rows,
+    count,
+    seen,
+    arrived,
+    T,
+    scale,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PART: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+    ACTIVATIONS: tl.constexpr,
+    DECODE: tl.constexpr,
+    HIP: tl.constexpr,
+):
+    """Program (p, z, b): logits of EXPERTS experts for TOKENS tokens over part z of H, PART long;
+    p = 0 rounds this part of x to `seen`, as the first GEMM sees it. The last program of a block of
+    tokens to arrive adds the parts up and selects each token's experts. In decode it then lists the
+    active experts, and for each of them a row of pairs, by token, -1 for those not routed to it."""
+    PADDED_E: tl.constexpr = triton.next_power_of_2(E)
+    p, z, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    e = p * EXPERTS + tl.arange(0, EXPERTS)
+    acc = tl.zeros([EXPERTS, TOKENS], tl.float32)
+    for start in tl.range(z * PART, min(z * PART + PART, H), STEP):
+        k = start + tl.arange(0, STEP)
+        w = tl.load(
+            router_weight + e[:, None] * H + k[None, :],
+            mask=(e < E)[:, None] & (k < H)[None, :],
+            other=0.0,
+        )
+        there = (token < T)[:, None] & (k < H)[None, :]
+        at = token.to(tl.int64)[:, None] * H + k[None, :]
+        tile = tl.load(x + at, mask=there, other=0.0)
+        acc = tl.dot(w, tile.T, acc, input_precision="ieee")
+        if ACTIVATIONS != "bf16":
+            if p == 0:
+                groups = tile.to(tl.float32).reshape(TOKENS * STEP // GROUP, GROUP, 1)
+                rounded = quantised(groups, scale, ACTIVATIONS).reshape(TOKENS, STEP)
+                tl.store(seen + at, rounded.to(seen.dtype.element_ty), mask=there)
+    at = (z * T + token[None, :]) * E + e[:, None]
+    tl.store(logits + at, acc, mask=(e < E)[:, None] & (token < T)[None, :])
+
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    if arrive(arrived + block, tl.arange(0, TOKENS), HIP) < programs - 1:
+        return
+    tl.store(arrived + block, 0)
+    e = tl.arange(0, PADDED_E)
+    there = (token < T)[:, None] & (e < E)[None, :]
+    total = tl.zeros([TOKENS, PADDED_E], tl.float32)
+    for part in range(tl.num_programs(1)):
+        terms = logits + (part * T + token[:, None]) * E + e[None, :]
+        total += tl.load(terms, mask=there, other=0.0)
+    total += tl.load(router_bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    # integers in the order of the logits: -0 as 0, NaN above all
+    bits = (total + 0.0).to(tl.int32, bitcast=True)
+    order = tl.where(total != total, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    order = tl.where(e[None, :] < E, order, -0x80000000)
+    slots = tl.arange(0, triton.next_power_of_2(TOP_K))
+    ids = tl.zeros([TOKENS, slots.shape[0]], tl.int32)
+    gate = tl.full([TOKENS, slots.shape[0]], -float("inf"), tl.float32)
+    slot_of = tl.full([TOKENS, PADDED_E], -1, tl.int32)
+    for slot in tl.static_range(TOP_K):
+        largest = tl.max(order, 1)
+        first = tl.min(tl.where(order == largest[:, None], e[None, :], PADDED_E), 1)
+        hit = e[None, :] == first[:, None]
+        logit = tl.sum(tl.where(hit, total, 0.0), 1)
+        ids = tl.where(slots[None, :] == slot, first[:, None], ids)
+        gate = tl.where(slots[None, :] == slot, logit[:, None], gate)
+        slot_of = tl.where(hit & there, slot, slot_of)
+        order = tl.where(hit, -0x80000000, order)
+        if slot == 0:
+            top = logit
+    gate = tl.exp(gate - top[:, None])
+    gate = tl.where((slots < TOP_K)[None, :], gate, 0.0)
+    gate = gate / tl.sum(gate, 1)[:, None]
+    at = token[:, None] * TOP_K + slots[None, :]
+    there = (token < T)[:, None] & (slots < TOP_K)[None, :]
+    tl.store(chosen + at, ids, mask=there)
+    tl.store(gates + at, gate, mask=there)
+    if DECODE:
+        active = (tl.max(slot_of, 0) >= 0).to(tl.int32)  # [PADDED_E]
+        place = tl.cumsum(active, 0) - active
+        tl.store(experts + place, e, mask=active > 0)
+        tl.store(count, tl.sum(active, 0))
+        pair = tl.where(slot_of >= 0, token[:, None] * TOP_K + slot_of, -1)
+        at = place[None, :] * TOKENS + token[:, None]
+        tl.store(rows + at, pair, mask=(active > 0)[None, :] & (token[:, None] < TOKENS))
+
+
+@triton.jit(do_not_specialize=["R"])
+def sort_kernel(chosen, experts, rows, count, R, E: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr):
+    """Program e lists its expert's pairs, of all R, in tiles of BM: rows [tiles, BM], filled up
+    with -1, and experts [tiles]. count: of all tiles."""
+    e, step = tl.program_id(0), tl.arange(0, STEP)
+    bins = tl.arange(0, triton.next_power_of_2(E + 1))
+    counts = tl.zeros_like(bins)
+    for start in range(0, R, STEP):
+        pair = start + step
+        expert = tl.load(chosen + pair, mask=pair < R, other=E)
+        counts += tl.histogram(expert, triton.next_power_of_2(E + 1))
+    tiles = tl.where(bins < E, tl.cdiv(counts, BM), 0)
+    before = tl.sum(tl.where(bins < e, tiles, 0), 0)
+    mine = tl.sum(tl.where(bins == e, tiles, 0), 0)
+    tl.store(count, tl.sum(tiles, 0))  # every program stores the same
+    rows += before.to(tl.int64) * BM
+    place = 0
+    for start in range(0, R, STEP):
+        pair = start + step
+        hit = (tl.load(chosen + pair, mask=pair < R, other=E) == e).to(tl.int32)
+        tl.store(rows + place + tl.cumsum(hit, 0) - hit, pair, mask=hit > 0)
+        place += tl.sum(hit, 0)
+    rest = place + tl.arange(0, BM)
+    tl.store(rows + rest, tl.full([BM], -1, tl.int32), mask=rest < mine * BM)
+    for start in range(0, mine, STEP):
+        tl.store(experts + before + start + step, tl.zeros_like(step) + e, mask=start + step < mine)
+
+
+@triton.jit(do_not_specialize=["T"])
+def expert_kernel(
+    x,
+    data,
+    scales,
+    bias,
+    gates,
+    experts,
+    rows,
+    count,
+    h,
+    out,
+    arrived,
+    T,
+    input_scale,
+    limit,
+    down_scale,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ACTIVATIONS: tl.constexpr,
+    DISPATCH: tl.constexpr,
+    DECODE: tl.constexpr,
+    MX: tl.constexpr,
+    WIDE: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    HIP: tl.constexpr,
+):
+    """Program (n, tile): BN rows of the tile's expert times the inputs of its BM pairs; weights are
+    the left operand, pairs the columns. DISPATCH: the first GEMM, bias and SwiGLU -> h [pairs,
+    N/2], as the second GEMM sees it. Else the second GEMM and bias, times the gate weight -> h
+    float32 [pairs, N]; in decode, the last program for these rows to arrive adds up the TOP_K pairs
+    of each token -> out [T, N]."""
+    NB: tl.constexpr = BN // 16
+    BLOCKS: tl.constexpr = (N + 15) // 16  # of 16 rows
+    n, tile = tl.program_id(0), tl.program_id(1)
+    column = tl.arange(0, BM)
+    # all three at once: beyond the last tile there is memory, but nothing in it
+    tiles = tl.load(count)
+    expert = tl.load(experts + tile).to(tl.int64)
+    pair = tl.load(rows + tile.to(tl.int64) * BM + column)
+    if tile >= tiles:
+        return
+    live = pair >= 0
+    row = tl.maximum(pair, 0).to(tl.int64)
+    inputs = x + (row // TOP_K if DISPATCH else row) * K  # [BM]
+    k = tl.arange(0, BK)
+    acc = tl.zeros([BN, BM], tl.float32)
+    if MX:
+        KB: tl.constexpr = BK // 64
+        K_BLOCKS: tl.constexpr = (K + 63) // 64
+        data += expert * (K_BLOCKS * BLOCKS * 128)
+        scales += expert * (K_BLOCKS * BLOCKS * 8)
+        lane = n * (NB * 32) + tl.arange(0, NB * 32)  # of all rows' blocks
+        block, word = tl.arange(0, KB), n * (NB * 128) + tl.arange(0, NB * 128)
+        for start in tl.range(0, K_BLOCKS, KB, num_stages=STAGES):
+            b = start + block
+            there = (b < K_BLOCKS)[:, None] & (lane < BLOCKS * 32)[None, :]
+            bytes4 = tl.load(
+                scales + b[:, None] * (BLOCKS * 8) + lane[None, :] // 4, mask=there, other=0
+            )
+            there = (b < K_BLOCKS)[:, None] & (word < BLOCKS * 128)[None, :]
+            at = b[:, None] * (BLOCKS * 128) + word[None, :]
+            words = tl.load(data + at, mask=there, other=0).reshape(KB, NB * 32, 4)
+            at = start * 64 + k
+            tokens = tl.load(
+                inputs[:, None] + at[None, :], mask=live[:, None] & (at < K)[None, :], other=0.0
+            )
+            w = dequantised(words, bytes4, KB, NB, WIDE, not HIP).to(tokens.dtype)
+            acc = tl.dot(w, tokens.T, acc, input_precision="ieee")
+    else:
+        r = n * BN + tl.arange(0, BN)
+        data += expert * (BLOCKS * 16 * K)
+        for start in tl.range(0, K, BK, num_stages=STAGES):
+            at = start + k
+            there = (r < BLOCKS * 16)[:, None] & (at < K)[None, :]
+            w = tl.load(data + r[:, None] * K + at[None, :], mask=there, other=0.0)
+            tokens = tl.load(
+                inputs[:, None] + at[None, :], mask=live[:, None] & (at < K)[None, :], other=0.0
+            )
+            acc = tl.dot(w.to(tokens.dtype), tokens.T, acc, input_precision="ieee")
+
+    r = n * BN + tl.arange(0, BN)
+    b = tl.load(bias + expert * (BLOCKS * 16) + r, mask=r < BLOCKS * 16, other=0.0)
+    acc = acc * input_scale + b[:, None]
+    if DISPATCH:
+        NAN: tl.constexpr = tl.PropagateNan.ALL
+        gate, up = tl.split(acc.reshape(NB, 2, 8, BM).permute(0, 2, 3, 1))  # [NB, 8, BM]
+        gate = tl.minimum(gate, limit, propagate_nan=NAN)
+        up = tl.minimum(tl.maximum(up, -limit, propagate_nan=NAN), limit, propagate_nan=NAN)
+        y = gate / (1 + tl.exp(-1.702 * gate)) * (up + 1)
+        if ACTIVATIONS != "bf16":
+            y = quantised(y.reshape(BN // 64, 32, BM), down_scale, ACTIVATIONS)
+        r = n * (BN // 2) + tl.arange(0, BN // 2)
+        at = row[None, :] * (N // 2) + r[:, None]
+        y = y.reshape(BN // 2, BM).to(h.dtype.element_ty)
+        tl.store(h + at, y, mask=live[None, :] & (r < N // 2)[:, None])
+    else:
+        gate = tl.load(gates + row)
+        at = row[None, :] * N + r[:, None]
+        tl.store(h + at, acc * gate[None, :], mask=live[None, :] & (r < N)[:, None])
+        if DECODE:
+            if arrive(arrived + n, column, HIP) == tiles - 1:
+                tl.store(arrived + n, 0)
+                there = (column < T)[:, None] & (r < N)[None, :]
+                total = summed(h, column, r, there, N, TOP_K)
+                at_out = column[:, None] * N + r[None, :]
+                tl.store(out + at_out, total.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def summed(h, token, r, there, N: tl.constexpr, TOP_K: tl.constexpr):
+    """Sum over the pairs of each token, in order: h float32 [T * TOP_K, N] -> [tokens, rows]."""
+    at = token.to(tl.int64)[:, None] * (TOP_K * N) + r[None, :]
+    total = tl.load(h + at, mask=there, other=0.0)
+    for slot in tl.static_range(1, TOP_K):
+        total += tl.load(h + at + slot * N, mask=there, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["T"])
+def sum_kernel(h, out, T, N: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Program (n, tokens): the sum over each token's pairs, above decode."""
+    r = tl.program_id(0) * BN + tl.arange(0, BN)
+    token = tl.program_id(1) * BM + tl.arange(0, BM)
+    there = (token < T)[:, None] & (r < N)[None, :]
+    at = token.to(tl.int64)[:, None] * N + r[None, :]
+    total = summed(h, token, r, there, N, TOP_K)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
+
+
+class Tile(NamedTuple):
+    """How `expert_kernel` cuts a GEMM: BN rows of weights, BM pairs, steps of BK inputs."""
+
+    BN: int
+    BM: int
+    BK: int
+    warps: int
+    stages: int
+
+
+def tile_for(T: int, rows: float, hip: bool, dtype: torch.dtype) -> Tile:
+    """The tile for T tokens and `rows` pairs an expert in the mean."""
+    if dtype == torch.float32:  # multiplied without the matrix units: the sums of IEEE's float32
+        return Tile(64, 16, 64, 4, 1)
+    if T <= DECODE_TOKENS:
+        tile = Tile(64, 16, 128, 4, 5)
+    elif rows <= 8:
+        tile = Tile(128, 16, 128, 8, 4)
+    elif rows <= 24:
+        tile = Tile(128, 32, 128, 8, 4)
+    elif rows <= 48:
+        tile = Tile(128, 64, 64, 8, 4)
+    else:
+        tile = Tile(128, 128, 64, 8, 4)
+    return tile._replace(stages=2) if hip else tile  # which prefetches to registers
+
+
+def moe(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor,
+    packed: Packed,
+    top_k: int,
+    activations: str = "bf16",
+    swiglu_limit: float = 7.0,
+) -> Tensor:
+    """x [T, H]; router_weight [E, H], router_bias [E] -> [T, H] in x's dtype, bfloat16 or float32.
+
+    Three launches up to DECODE_TOKENS, five above. Within either of these regimes a token's result
+    does not depend on the other tokens: of a regime's tiles all add up K in the same order.
+    ValueError for experts that were prepared for other activations, and for x of another dtype."""
+    if packed.activations != activations:
+        raise ValueError(
+            f"experts were prepared for {packed.activations!r} activations, not for {activations!r}"
+        )
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"x is {x.dtype}, the kernels take bfloat16 and float32")
+    (T, H), E, x = x.shape, len(router_weight), x.contiguous()
+    out = torch.empty_like(x)
+    if not T:
+        return out
+    R, inner, decode, hip = T * top_k, packed.down.K, T <= DECODE_TOKENS, on_hip()
+    tile = tile_for(T, R / E, hip, x.dtype)
+    tiles = min(R, E) if decode else R // tile.BM + min(R, E)  # at most
+
+    def new(*shape, dtype=torch.int32):
+        return x.new_empty(shape, dtype=dtype)
+
+    chosen, gates = new(R), new(R, dtype=torch.float32)
+    experts, rows, count = new(tiles), new(tiles, tile.BM), new(1)
+    seen = x if activations == "bf16" else torch.empty_like(x)
+    tokens, size, part = (tile.BM, 16, 384) if decode else (64, 32, H)
+    parts = triton.cdiv(H, part)
+    logits = new(parts, T, E, dtype=torch.float32)
+    route_kernel[(triton.cdiv(E, size), parts, triton.cdiv(T, tokens))](
+        x, router_weight, router_bias, logits, chosen, gates, experts, rows, count, seen,
+        packed.arrived, T, packed.gate_up.input_scale, H, E, top_k, size, part, tokens, 128,
+        activations, decode, hip, num_warps=4, num_stages=2 if hip else 3,
+    )  # fmt: skip
+    if not decode:
+        sort_kernel[(E,)](chosen, experts, rows, count, R, E, tile.BM, 1024, num_warps=4)
+
+    h, y = new(R, inner, dtype=x.dtype), new(R, H, dtype=torch.float32)
+    for weight, source, target in ((packed.gate_up, seen, h), (packed.down, h, y)):
+        expert_kernel[(triton.cdiv(weight.bias.shape[1], tile.BN), tiles)](
+            source, weight.data, weight.scale, weight.bias, gates, experts, rows, count, target,
+            out, packed.arrived, T, weight.input_scale, swiglu_limit, packed.down.input_scale,
+            weight.N, weight.K, top_k, activations, weight is packed.gate_up, decode,
+            weight.scale is not None, weight.wide, *tile[:3], tile.stages, hip,
+            num_warps=tile.warps,
+        )  # fmt: skip
+    if not decode:
+        sum_kernel[(triton.cdiv(H, 1024), T)](y, out, T, H, top_k, 1, 1024, num_warps=4)
+    return out

@@ -1,0 +1,160 @@
+"""Compiles the kernels of ops_triton.py at the models' sizes for GPUs that are not here, and prints
+what the compiler says of each: registers, spills, shared memory, and how wide it loads.
+
+    python tools/compile_ops.py sm_90            # also sm_80, sm_120, gfx942, gfx950
+    python tools/compile_ops.py sm_90 --keep ptx # writes each kernel's assembly to ptx/
+"""
+
+import argparse
+import re
+import subprocess
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import ops_triton
+import weights
+
+WIDE = re.compile(
+    r"^\s*(?:@!?%\w+ )?((?:ld|st|cp\.async)\.[\w.]*(?:global|shared)[\w.]*|wgmma\.mma_async\S*|mma\.sync"
+    r"\S*|bar\.sync|shfl\.\S*|(?:global|buffer)_(?:load|store)\w*|ds_(?:read|write|bpermute)\w*|v_mfma\w*|"
+    r"s_barrier)", re.M
+)
+
+
+@dataclass
+class Compiled:
+    name: str
+    grid: tuple
+    registers: int
+    spills: int  # bytes
+    shared: int  # bytes
+    text: str  # PTX or AMD assembly
+
+    def instructions(self) -> Counter:
+        """How often the assembly has each memory, matrix and synchronising instruction."""
+        return Counter(WIDE.findall(self.text))
+
+
+def target_of(name: str) -> GPUTarget:
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name[3:]), 32)
+    return GPUTarget("hip", name, 64)
+
+
+def read(name: str, metadata, target: GPUTarget) -> tuple[int, int, str]:
+    """Registers, spilled bytes and assembly of a kernel in Triton's cache."""
+    cache = get_cache_manager(metadata.hash)
+    if target.backend == "hip":
+        text = Path(cache.get_file(f"{name}.amdgcn")).read_text()
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        return registers, int(re.search(r"\.private_segment_fixed_size: (\d+)", text)[1]), text
+    text = Path(cache.get_file(f"{name}.ptx")).read_text()
+    tool = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run(
+        [tool, "-res-usage", cache.get_file(f"{name}.cubin")], capture_output=True, text=True
+    ).stdout
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage).groups())
+    return registers, stack + local, text
+
+
+@contextmanager
+def compiling_for(name: str):
+    """Inside the block launches compile for the GPU `name` and run nothing; tensors may be on the
+    meta device. Yields the list of Compiled."""
+    target = target_of(name)
+
+    class Launcher:
+        def __init__(self, src, metadata):
+            self.src, self.metadata = src, metadata
+            self.what = read(src.name[:150], metadata, target)
+
+        def __call__(self, x, y, z, *_):
+            registers, spills, text = self.what
+            kernel = Compiled(
+                self.src.name, (x, y, z), registers, spills, self.metadata.shared, text
+            )
+            triton.runtime.driver.active.found.append(kernel)  # a kernel outlives its driver
+
+    class Driver:
+        launcher_cls = Launcher
+        found = []
+
+        class utils:
+            load_binary = staticmethod(lambda name, *_: (name, name, 0, 0, 1024))
+            get_device_properties = staticmethod(
+                lambda _: dict(max_shared_mem=1 << 18, multiprocessor_count=132, warpSize=target.warp_size)
+            )
+
+        get_current_target = staticmethod(lambda: target)
+        get_current_device = staticmethod(lambda: name)
+        get_current_stream = staticmethod(lambda _: 0)
+        get_active_torch_device = staticmethod(lambda: torch.device("meta"))
+
+    config = triton.runtime.driver
+    before = config._active
+    config.set_active(Driver())
+    try:
+        yield Driver.found
+    finally:
+        config._active = before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("gpu")
+    parser.add_argument("--model", default="120b", choices=["20b", "120b"])
+    parser.add_argument("--keep", type=Path)
+    args = parser.parse_args()
+    c = weights.published(args.model)
+    for T in (1, 512, 4096):
+        with compiling_for(args.gpu) as found:
+            launch_layer(c, T)
+        for k in found:
+            print(f"T={T} {k.name} grid={k.grid} registers={k.registers} spills={k.spills} shared={k.shared}")
+            print("   ", ", ".join(f"{n} {i}" for i, n in k.instructions().most_common()))
+            if args.keep:
+                args.keep.mkdir(exist_ok=True)
+                (args.keep / f"{k.name}_{T}_{found.index(k)}.txt").write_text(k.text)
+
+
+def launch_layer(c: weights.Config, T: int, activations: str = "bf16", dtype=torch.bfloat16) -> None:
+    """The five operations of a layer on meta tensors: T = 1 is a decode step, else a prompt."""
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    H, I, E = c.hidden_size, c.intermediate_size, c.num_local_experts
+    N, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    ops_triton.add_norm(new(T, H), new(T, H), new(H, dtype=torch.float32), 1e-5)
+    table = new(1, 256, dtype=torch.int32)
+    step = ops_triton.Plan(
+        new(T, D // 2, dtype=torch.float32), new(T, D // 2, dtype=torch.float32),
+        new(1, T, dtype=torch.int32), new(1, dtype=torch.int32),
+        {kind: table for kind in weights.LAYER_TYPES}, 16, c.sliding_window, new(G, dtype=torch.int32),
+    )  # fmt: skip
+    for kind in weights.LAYER_TYPES:
+        ops_triton.attention(new(T, (N + 2 * G) * D), new(N), new(4096, 2, G, D), kind, step)
+
+    def weight(N, K):
+        blocks = -(-K // 64), -(-N // 16)
+        data = new(E, *blocks, 8, 4, 4, dtype=torch.int32)
+        scale, bias = new(E, *blocks, 8, dtype=torch.int32), new(E, N, dtype=torch.float32)
+        return ops_triton.Weight(data, scale, bias, 1.0, False, N, K)
+
+    arrived = new(1 << 10, dtype=torch.int32)
+    packed = ops_triton.Packed(weight(2 * I, H), weight(H, I), activations, arrived)
+    k = c.num_experts_per_tok
+    ops_triton.moe(new(T, H), new(E, H), new(E), packed, k, activations, c.swiglu_limit)
+
+
+if __name__ == "__main__":
+    main()
