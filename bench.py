@@ -143,13 +143,13 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def build(args, device: torch.device) -> list[System]:
     """The systems that the command line asks for."""
-    if args.checkpoint.startswith("random:"):
-        config = weights.published(args.checkpoint.removeprefix("random:"))
-        checkpoint = weights.random(config, "openai", device, args.seed)
-    else:
-        checkpoint = weights.load(args.checkpoint)
     systems = []
     for name, v in args.variants.items():
+        if args.checkpoint.startswith("random:"):
+            config = weights.published(args.checkpoint.removeprefix("random:"))
+            checkpoint = weights.random(config, "openai", device, args.seed)
+        else:
+            checkpoint = weights.load(args.checkpoint)
         dtype = getattr(torch, v.dtype) if v.dtype else None
         model = GPTOSS(checkpoint, device, dtype, v.ops, v.activations)
         stream = functools.partial(

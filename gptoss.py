@@ -47,11 +47,11 @@ from weights import MX_GROUP, CheckpointError, Config, Experts
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny")  # the embedded model
 PAGE_SIZE = 16  # tokens of a KV page
 MAX_BATCH = 64  # sequences that decode together
-PREFILL_TOKENS = 1024  # tokens of a prompt that run together
+PREFILL_TOKENS = 2048  # tokens of prompts that run together
 SCORES = 1 << 26  # heads x queries x keys whose attention scores are in memory together
 EXPAND_BELOW = 1 << 25  # bytes: a layer's experts that are smaller as float32 are expanded, at load
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
-OPS = ("auto", "torch", "gluon")
+OPS = ("auto", "torch", "triton", "gluon")
 SWIGLU_ALPHA = weights.ARCHITECTURE["swiglu_alpha"]
 
 
@@ -365,38 +365,43 @@ EQUATIONS = Ops(prepare, plan, add_norm, attention, moe_reference, capturable=Fa
 
 
 def choose_ops(name: str, device: torch.device) -> Ops:
-    """The operations called `name`: "torch", the equations; "gluon", the gfx950 kernels of the MoE
-    layer and the equations for the rest; "auto", gluon where a gfx950, real or emulated, is
-    Triton's active device and `device` belongs to it, else torch. Raises ValueError for another
-    name, and for what cannot run here."""
+    """The operations called `name`: "torch", the equations; "triton", ops_triton's kernels;
+    "gluon", these with moe_gluon's layer, for gfx950 exactly; "auto": gluon where a gfx950, real or
+    emulated, is Triton's active device and `device` belongs to it, triton on any other GPU that
+    Triton drives, else torch. Raises ValueError for another name, and for what cannot run here."""
     if name not in OPS:
         raise ValueError(f"ops={name!r}, expected one of {', '.join(OPS)}")
-    if name == "torch" or not on_gfx950(device):
-        if name == "gluon":
-            raise ValueError(
-                "ops='gluon' needs Triton with an active gfx950 (MI350, MI355 or emulated) that "
-                f"owns device {device}; use ops='torch'"
-            )
+    if name == "torch" or name == "auto" and not driven_by_triton(device):
         return EQUATIONS
+    if not driven_by_triton(device):
+        raise ValueError(
+            f"ops={name!r} needs Triton with an active GPU, real or emulated, that owns device "
+            f"{device}; use ops='torch'"
+        )
     import moe_gluon
+    import ops_triton as t
 
-    return EQUATIONS._replace(
-        prepare=moe_gluon.prepare, moe=moe_gluon.moe, dtypes=(torch.bfloat16,)
-    )
+    triton = Ops(t.prepare, t.plan, t.add_norm, t.attention, t.moe, capturable=True)
+    if name == "triton" or name == "auto" and not moe_gluon.is_supported():
+        return triton
+    if not moe_gluon.is_supported():
+        raise ValueError("ops='gluon' needs a gfx950 (MI350, MI355 or emulated); use ops='triton'")
+    return triton._replace(prepare=moe_gluon.prepare, moe=moe_gluon.moe, dtypes=(torch.bfloat16,))
 
 
-def on_gfx950(device: torch.device) -> bool:
-    """Whether Triton is installed and its active driver is a gfx950 to which `device` belongs."""
-    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("moe_gluon") is None:
+def driven_by_triton(device: torch.device) -> bool:
+    """Whether Triton and the kernels are there, and its active driver's device is `device`."""
+    if not all(map(importlib.util.find_spec, ("triton", "ops_triton", "moe_gluon"))):
         return False
     import triton
 
-    import moe_gluon
-
-    if not moe_gluon.is_supported():
+    try:
+        driver = triton.runtime.driver.active
+        driver.get_current_target()
+    except RuntimeError:  # Triton has no active driver
         return False
     # A driver that does not say where its tensors live is an emulator's.
-    owner = getattr(triton.runtime.driver.active, "get_active_torch_device", None)
+    owner = getattr(driver, "get_active_torch_device", None)
     return device.type == (owner().type if owner else "cpu")
 
 
@@ -415,6 +420,7 @@ class KVCache:
         depth = max(config.layer_types.count(kind) for kind in config.layer_types)
         shape = ((1 + num_pages) * page_size, 2, config.num_key_value_heads, config.head_dim)
         self.pool = torch.zeros(depth, *shape, device=device, dtype=dtype)
+        self.graphs: dict[tuple, DecodeGraph] = {}  # they know the pool's address
 
     def allocate(self, length: int, tables: dict[str, list[int]]) -> dict[str, list[int]]:
         """Block tables, by kind, for a sequence that may grow to `length` tokens; `tables` are what
@@ -444,14 +450,23 @@ class KVCache:
             self.free.extend(table)
 
     def step(self, positions: list[list[int]], tables: list[dict[str, list[int]]]) -> Step:
-        """The step of sequences at these positions. Tables are cut to the pages that the longest
-        sequence uses, and shorter ones filled up with page 0."""
-        longest = 1 + max(row[-1] for row in positions)
-        device, cut = self.pool.device, {}
-        for kind, width in pages_needed(self.config, longest, self.page_size).items():
-            pages = [(table[kind] + [0] * width)[:width] for table in tables]
-            cut[kind] = torch.tensor(pages, dtype=torch.int32, device=device)
-        return Step(torch.tensor(positions, dtype=torch.int32, device=device), cut, self.page_size)
+        """The step of sequences at these positions, of which shorter rows are filled up by padding.
+        Tables are cut to the pages that the longest sequence uses."""
+        longest, width = 1 + max(row[-1] for row in positions), max(map(len, positions))
+        widths = pages_needed(self.config, longest, self.page_size)
+        rows = [row + [-1] * (width - len(row)) for row in positions]
+        device = self.pool.device
+        rows = torch.tensor(rows, dtype=torch.int32, device=device)
+        cut = {k: t.to(device) for k, t in block_tables(tables, widths).items()}
+        return Step(rows, cut, self.page_size)
+
+
+def block_tables(tables: list[dict[str, list[int]]], widths: dict[str, int]) -> dict[str, Tensor]:
+    """Kind of layer -> int32 [S, width]: tables cut, or filled up with page 0."""
+    return {
+        kind: torch.tensor([(t[kind] + [0] * width)[:width] for t in tables], dtype=torch.int32)
+        for kind, width in widths.items()
+    }
 
 
 def pages_needed(config: Config, length: int, page_size: int) -> dict[str, int]:
@@ -507,6 +522,7 @@ class GPTOSS:
             raise ValueError(f"dtype={self.dtype}, these ops compute in {self.ops.dtypes}")
         self.activations = choose_activations(activations, checkpoint, self.ops)
         self.stop_tokens = checkpoint.stop_tokens
+        self.idle: dict[tuple[int, int], KVCache] = {}  # the last engine's cache, for the next one
         self.load(checkpoint)
 
     @classmethod
@@ -520,7 +536,8 @@ class GPTOSS:
         return cls(weights.load(path), device, dtype, ops, activations)
 
     def load(self, checkpoint: weights.Checkpoint) -> None:
-        """Moves the weights to the device, a layer at a time."""
+        """Moves the weights to the device, a layer at a time. A layer's experts leave the
+        checkpoint as they are packed: a card holds them once."""
         c, dense = self.config, checkpoint.dense
 
         def moved(name: str, dtype=self.dtype) -> Tensor:
@@ -530,7 +547,7 @@ class GPTOSS:
         self.norm = moved("norm", torch.float32)
         self.layers = []
         for n in weights.progress(range(c.num_hidden_layers), f"to {self.device}"):
-            kind, experts = c.layer_types[n], checkpoint.experts[n]
+            kind, experts, checkpoint.experts[n] = c.layer_types[n], checkpoint.experts[n], None
             tensors = {f.name: getattr(experts, f.name) for f in fields(Experts)}
             experts = Experts(
                 **{k: t.to(self.device) if isinstance(t, Tensor) else t for k, t in tensors.items()}
@@ -574,18 +591,33 @@ class GPTOSS:
         tokens = self.check_prompt(0, tokens, 0)
         pages = sum(pages_needed(self.config, len(tokens), PAGE_SIZE).values())
         cache = KVCache(self.config, pages, PAGE_SIZE, self.device, self.dtype)
-        hidden = torch.cat(list(self.prefill(cache, tokens, cache.allocate(len(tokens), {}))))
+        tables = cache.allocate(len(tokens), {})
+        hidden = torch.cat([h[0] for h in self.prefill(cache, [tokens], [tables], [0])])  # [T, H]
         return F.linear(hidden, self.unembedding).float()
 
     def prefill(
-        self, cache: KVCache, tokens: list[int], tables: dict[str, list[int]], cached: int = 0
+        self, cache: KVCache, prompts: list[list[int]], tables: list[dict], cached: list[int]
     ) -> Iterator[Tensor]:
-        """Runs a prompt, of which the first `cached` tokens are in the cache, through the model in
-        chunks; yields the hidden states [Q, H] of each."""
-        for start in range(cached, len(tokens), PREFILL_TOKENS):
-            chunk = tokens[start : start + PREFILL_TOKENS]
-            step = cache.step([list(range(start, start + len(chunk)))], [tables])
-            yield self.forward(torch.tensor(chunk, device=self.device), step, cache.pool)
+        """Runs prompts, of which the first `cached` tokens are in the cache, through the model
+        together and in chunks; yields the hidden states [S, Q, H] of each chunk."""
+        S, longest = len(prompts), max(len(p) - n for p, n in zip(prompts, cached, strict=True))
+        Q = max(1, min(PREFILL_TOKENS // S, longest))
+        for start in range(0, longest, Q):
+            spans = [
+                range(n + start, min(n + start + Q, len(p)))
+                for p, n in zip(prompts, cached, strict=True)
+            ]
+            rows = [s for s, span in enumerate(spans) if span]  # the others are over
+            step = cache.step([list(spans[s]) for s in rows], [tables[s] for s in rows])
+            width = step.positions.shape[1]
+            tokens = torch.zeros(len(rows), width, dtype=torch.int64)  # [S, Q]
+            for row, s in enumerate(rows):
+                tokens[row, : len(spans[s])] = torch.tensor([prompts[s][p] for p in spans[s]])
+            tokens = tokens.flatten().to(self.device)  # [T]
+            hidden = self.forward(tokens, step, cache.pool).view(len(rows), width, -1)
+            whole = hidden.new_zeros(S, *hidden.shape[1:])
+            whole[rows] = hidden
+            yield whole
 
     def check_prompt(self, index: int, prompt: list[int], max_new_tokens: int) -> list[int]:
         """The prompt as a list of ints. Raises ValueError or TypeError if it cannot run."""
@@ -714,6 +746,10 @@ class Sampling:
         if self.seed is not None and not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r}, expected a whole number")
 
+    def unseeded(self) -> "Sampling":
+        """What decides how a draw becomes a token."""
+        return replace(self, seed=None)
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -736,8 +772,9 @@ class Prefix(NamedTuple):
 
 class Engine:
     """Continuous batching: a prompt waits until one of `max_batch` places is free and the pool has
-    the pages for all it may become; prompts are prefilled as soon as they fit, one by one, and all
-    running sequences decode together. The last prompt submitted with `keep` stays cached."""
+    the pages for all it may become; prompts are prefilled together as soon as they fit, and all
+    running sequences decode together, in a graph where the operations can be captured. The last
+    prompt submitted with `keep` stays cached."""
 
     def __init__(
         self,
@@ -755,7 +792,13 @@ class Engine:
             raise ValueError(f"num_pages={num_pages} do not fit the free memory, {fitting} do")
         self.model, self.max_batch = model, max_batch
         self.sampling, self.stop_tokens = sampling, stop_tokens
-        self.cache = KVCache(model.config, num_pages, page_size, model.device, model.dtype)
+        self.key = num_pages, page_size
+        self.cache = model.idle.pop(self.key, None)
+        model.idle.clear()  # another pool's memory is free for this one
+        if self.cache is None:
+            self.cache = KVCache(model.config, *self.key, model.device, model.dtype)
+        self.cache.peak = 0
+        self.flying: tuple[DecodeGraph, list[Sequence]] | None = None  # the step on its way
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.running: list[Sequence] = []
         self.prefix: Prefix | None = None
@@ -788,15 +831,22 @@ class Engine:
         """(index of the prompt, its next token), until no prompt is left."""
         while self.waiting or self.running:
             yield from self.step()
+        if not self.prefix:
+            self.model.idle = {self.key: self.cache}
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
-        """One forward pass of the first waiting prompt, if it fits, else of all running sequences.
+        """One forward pass of the waiting prompts that fit, else of all running sequences.
         -> (index, token) of every sequence that got a token, stop tokens left out."""
-        if self.waiting and self.admits(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            return self.emit([sequence], self.prefill(sequence))
+        admitted, cached = [], []
+        while self.waiting and self.admits(self.waiting[0]):
+            admitted.append(self.waiting.popleft())
+            cached.append(self.allocate(admitted[-1]))
+            self.running.append(admitted[-1])
+        if admitted:
+            return self.emit(admitted, self.prefill(admitted, cached))
+        if self.model.ops.capturable and self.model.device.type == "cuda":
+            return self.replay()
         return self.emit(list(self.running), self.decode())
 
     def admits(self, sequence: Sequence) -> bool:
@@ -804,9 +854,9 @@ class Engine:
         held = sum(map(len, self.prefix.tables.values())) if self.prefix else 0
         return len(self.running) < self.max_batch and pages <= len(self.cache.free) + held
 
-    def prefill(self, sequence: Sequence) -> Tensor:
-        """Caches a prompt, but for what of it is cached. -> the hidden state of its last token,
-        [1, H]."""
+    def allocate(self, sequence: Sequence) -> int:
+        """Gives a prompt its pages, those of the prefix if it begins with it. -> how many of its
+        tokens are cached."""
         tokens, cached, tables = sequence.tokens, 0, {}
         if self.prefix:
             begins = tokens[: len(self.prefix.tokens)] == self.prefix.tokens
@@ -816,12 +866,23 @@ class Engine:
                 self.cache.release(self.prefix.tables)
             self.prefix = None
         sequence.tables = self.cache.allocate(len(tokens) + sequence.remaining, tables)
-        for hidden in self.model.prefill(self.cache, tokens, sequence.tables, cached):
-            last = hidden[-1:]
-        if sequence.keep:
-            self.prefix = Prefix(list(tokens), sequence.tables)
-            sequence.tables = self.cache.fork(sequence.tables)
-        return last
+        return cached
+
+    def prefill(self, sequences: list[Sequence], cached: list[int]) -> Tensor:
+        """Caches prompts. -> the hidden states of their last tokens, [S, H]."""
+        prompts, tables = [s.tokens for s in sequences], [s.tables for s in sequences]
+        left = [len(p) - n for p, n in zip(prompts, cached, strict=True)]
+        last: list[Tensor | None] = [None] * len(sequences)
+        for hidden in self.model.prefill(self.cache, prompts, tables, cached):
+            for s, n in enumerate(left):
+                if 0 < n <= hidden.shape[1]:
+                    last[s] = hidden[s, n - 1].clone()
+                left[s] -= hidden.shape[1]
+        for sequence in sequences:
+            if sequence.keep:
+                self.prefix = Prefix(list(sequence.tokens), sequence.tables)
+                sequence.tables = self.cache.fork(sequence.tables)
+        return torch.stack(last)
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out of `running` and frees its pages, but for those of the prefix."""
@@ -837,17 +898,40 @@ class Engine:
         tokens = torch.tensor([s.tokens[-1] for s in self.running], device=self.model.device)
         return self.model.forward(tokens, step, self.cache.pool)
 
+    def replay(self) -> list[tuple[int, int]]:
+        """A decode step as a graph. While its tokens come to the host the next step runs already,
+        unless a sequence is known to leave or join before it. One that meets a stop token runs one
+        step too many, whose token is dropped."""
+        if self.flying is None:
+            members = list(self.running)
+            graph = DecodeGraph.of(self, members)
+            graph.load(members)
+            graph.launch(members)
+            self.flying = graph, members
+        graph, members = self.flying
+        tokens = graph.landed()
+        steady = members == self.running and all(s.remaining > 1 for s in members)
+        if steady and not (self.waiting and self.admits(self.waiting[0])):
+            graph.launch(members)
+        else:
+            self.flying = None
+        tokens = [token for token, s in zip(tokens(), members, strict=False) if s in self.running]
+        return self.accept([s for s in members if s in self.running], tokens)
+
     def emit(self, sequences: list[Sequence], hidden: Tensor) -> list[tuple[int, int]]:
-        """Samples a token for each sequence from its hidden state [S, H]; those that are done leave
-        `running` and their pages."""
+        """Samples a token for each sequence from its hidden state [S, H]."""
         logits = F.linear(hidden, self.model.unembedding).float()  # [S, V]
-        for sequence, bad in zip(sequences, logits.isnan().any(-1).tolist(), strict=True):
-            if bad:
+        draws = [sequence.random.random() for sequence in sequences]
+        draws = torch.tensor(draws, dtype=torch.float64, device=logits.device)
+        return self.accept(sequences, sample(logits, draws, self.sampling).tolist())
+
+    def accept(self, sequences: list[Sequence], tokens: list[int]) -> list[tuple[int, int]]:
+        """Appends a token to each sequence; those that are done leave `running` and their pages."""
+        emitted = []
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if token < 0:
                 where = f"prompt {sequence.index}, token {len(sequence.tokens)}"
                 raise ValueError(f"{where}: the logits are NaN; the checkpoint holds NaN")
-        draws = [sequence.random.random() for sequence in sequences]
-        tokens, emitted = sample(logits, draws, self.sampling).tolist(), []
-        for sequence, token in zip(sequences, tokens, strict=True):
             sequence.tokens.append(token)
             sequence.remaining -= 1
             if token in self.stop_tokens or not sequence.remaining:
@@ -857,27 +941,120 @@ class Engine:
         return emitted
 
 
-def sample(logits: Tensor, draws: list[float], sampling: Sampling) -> Tensor:
-    """One token per row. logits [S, V] float32, draws: S uniform in [0, 1). Temperature 0: the
-    largest logit. Else inverse transform sampling from softmax(logits / temperature), cut to the
-    top_k likeliest, renormalised, then cut to the likeliest whose sum reaches top_p."""
+class DecodeGraph:
+    """A decode step of up to `size` sequences as one graph: forward pass, unembedding, sampling,
+    and the next step's tokens and positions, all on the device. CUDA and HIP."""
+
+    def __init__(self, engine: Engine, size: int, widths: dict[str, int]):
+        self.model, self.sampling, self.widths = engine.model, engine.sampling, widths
+        self.pool, device = engine.cache.pool, engine.model.device
+        self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        self.draws = torch.zeros(size, dtype=torch.float64, device=device)
+        empty = functools.partial(torch.zeros, dtype=torch.int32, device=device)
+        tables = {kind: empty(size, width) for kind, width in widths.items()}
+        positions = torch.full((size, 1), -1, dtype=torch.int32, device=device)
+        self.step = Step(positions, tables, engine.cache.page_size)
+        # Pinned pairs: while one is in use on the device, the host has the other.
+        self.pinned = [
+            (torch.zeros(size, dtype=torch.int64).pin_memory(), torch.cuda.Event(),
+             torch.zeros(size, dtype=torch.float64).pin_memory())
+            for _ in range(2)
+        ]  # fmt: skip
+        self.launched = 0
+        side = torch.cuda.Stream()  # compiles and warms up outside the capture
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.run()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.run()
+
+    @staticmethod
+    def of(engine: Engine, sequences: list[Sequence]) -> "DecodeGraph":
+        """The engine's graph for these sequences, captured at first use. Batches of more than 16
+        are filled up by padding, full tables to a power of two."""
+        size = len(sequences)
+        size = size if size <= 16 else -(-size // 16) * 16
+        longest = max(len(table) for s in sequences for table in s.tables.values())
+        page_size = engine.cache.page_size
+        length = (1 << (longest - 1).bit_length()) * page_size
+        most = engine.model.config.sliding_window + length  # a whole ring, whatever the length
+        widths = pages_needed(engine.model.config, length, page_size)
+        rings = pages_needed(engine.model.config, most, page_size)
+        widths |= {k: w for k, w in rings.items() if k == "sliding_attention"}
+        key = size, *widths.values(), engine.sampling.unseeded()
+        graphs = engine.cache.graphs
+        if key not in graphs:
+            graphs[key] = DecodeGraph(engine, size, widths)
+        return graphs[key]
+
+    def run(self) -> None:
+        hidden = self.model.forward(self.tokens, self.step, self.pool)
+        logits = F.linear(hidden, self.model.unembedding).float()  # [S, V]
+        tokens = sample(logits, self.draws, self.sampling)
+        self.tokens.copy_(tokens.clamp(min=0))
+        self.sampled = tokens
+        self.step.positions.add_((self.step.positions >= 0).int())
+
+    def load(self, sequences: list[Sequence]) -> None:
+        """Puts the sequences in; padding repeats the first one's token and caches nothing."""
+        S, empty = len(self.tokens), {kind: [] for kind in self.widths}
+        rows = sequences + [None] * (S - len(sequences))
+        tokens = [(s or sequences[0]).tokens[-1] for s in rows]
+        positions = [[len(s.tokens) - 1 if s else -1] for s in rows]
+        tables = block_tables([s.tables if s else empty for s in rows], self.widths)
+        self.tokens.copy_(torch.tensor(tokens))
+        self.step.positions.copy_(torch.tensor(positions))
+        for kind, table in tables.items():
+            self.step.tables[kind].copy_(table)
+
+    def launch(self, sequences: list[Sequence]) -> None:
+        """One step; its tokens are on their way to the host."""
+        tokens, event, draws = self.pinned[self.launched % 2]
+        if self.sampling.temperature:
+            for row, sequence in enumerate(sequences):
+                draws[row] = sequence.random.random()
+            self.draws.copy_(draws, non_blocking=True)
+        self.graph.replay()
+        tokens.copy_(self.sampled, non_blocking=True)
+        event.record()
+        self.launched += 1
+
+    def landed(self) -> Callable[[], list[int]]:
+        """What gives the tokens of the step launched last, once they are here."""
+        tokens, event, _ = self.pinned[(self.launched - 1) % 2]
+
+        def read() -> list[int]:
+            event.synchronize()
+            return tokens.tolist()
+
+        return read
+
+
+def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
+    """One token per row, -1 for a row that holds NaN. logits [S, V] float32, draws [S] float64,
+    uniform in [0, 1). Temperature 0: the largest logit. Else inverse transform sampling from
+    softmax(logits / temperature), cut to the top_k likeliest, renormalised, then cut to the
+    likeliest whose sum reaches top_p. Nothing waits for the device."""
+    largest, token = logits.max(-1, keepdim=True)  # NaN if there is one
+    bad = largest.isnan()[:, 0]
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return token[:, 0].masked_fill(bad, -1)
     # Differences in float64, so that a temperature near 0 is greedy and does not overflow.
-    below = logits.double() - logits.amax(-1, keepdim=True)
-    share = (below / sampling.temperature).softmax(-1).float()
+    share = ((logits.double() - largest) / sampling.temperature).softmax(-1).float()
     share, token = share.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         share[:, sampling.top_k :] = 0
     if sampling.top_p is not None:
-        share /= share.sum(-1, keepdim=True)
-        share[share.cumsum(-1) - share >= sampling.top_p] = 0
+        share = share / share.sum(-1, keepdim=True)
+        share = share.masked_fill(share.cumsum(-1) - share >= sampling.top_p, 0)
     total = share.double().cumsum(-1)
-    draw = torch.tensor(draws, device=total.device, dtype=total.dtype)[:, None]
-    rank = (total <= draw * total[:, -1:]).sum(-1)
+    rank = (total <= draws[:, None] * total[:, -1:]).sum(-1)
     # The product may have rounded up to the whole.
-    rank = rank.minimum((share > 0).sum(-1) - 1)
-    return token.gather(1, rank[:, None])[:, 0]
+    rank = rank.minimum((share > 0).sum(-1) - 1).clamp(min=0)
+    return token.gather(1, rank[:, None])[:, 0].masked_fill(bad, -1)
 
 
 # --------------------------------------------------------------------------------------------------

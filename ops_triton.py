@@ -16,7 +16,7 @@ one to arrive at a counter adds the parts in a fixed order: results do not chang
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -57,9 +57,7 @@ def arrive(counter, lane, HIP: tl.constexpr):
 
 
 @triton.jit
-def add_norm_kernel(
-    x, y, scale, total, norm, H, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr
-):
+def add_norm_kernel(x, y, scale, total, norm, H, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr):
     """A program a row."""
     h = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * H + h
@@ -121,7 +119,7 @@ def rope(config, device: torch.device) -> tuple[Tensor, float]:
     slow = (torch.arange(D // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
     slow = slow.clamp(0, 1)
     frequency = frequency / config.rope_factor * slow + frequency * (1 - slow)
-    return frequency.to(device), 0.1 * math.log(config.rope_factor) + 1
+    return frequency.to(device), config.rope_attention_factor
 
 
 def plan(step, config) -> Plan:
@@ -511,7 +509,9 @@ def prepare(experts, activations: str) -> Packed:
             raise ValueError(
                 f"an expert's {K} inputs are no multiple of {GROUP.value}, which share a scale"
             )
-    gate_up = pack(experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias, scales[0], 2)
+    gate_up = pack(
+        experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias, scales[0], 2
+    )
     down = pack(experts.down_weight, experts.down_scale, experts.down_bias, scales[1], 1)
     return Packed(gate_up, down, activations, down.bias.new_zeros(1 << 10, dtype=torch.int32))
 
@@ -584,7 +584,9 @@ def halves(pair):
 
 
 @triton.jit
-def dequantised(words, scales, KB: tl.constexpr, NB: tl.constexpr, WIDE: tl.constexpr, CUDA: tl.constexpr):
+def dequantised(
+    words, scales, KB: tl.constexpr, NB: tl.constexpr, WIDE: tl.constexpr, CUDA: tl.constexpr
+):
     """words int32 [KB, NB * 32, 4], scales int32 [KB, NB * 32] -> bfloat16 [NB * 16, KB * 64].
 
     A code's sign and magnitude where bfloat16 has its sign and the low end of its exponent are the
@@ -758,7 +760,9 @@ def route_kernel(
 
 
 @triton.jit(do_not_specialize=["R"])
-def sort_kernel(chosen, experts, rows, count, R, E: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr):
+def sort_kernel(
+    chosen, experts, rows, count, R, E: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr
+):
     """Program e lists its expert's pairs, of all R, in tiles of BM: rows [tiles, BM], filled up
     with -1, and experts [tiles]. count: of all tiles."""
     e, step = tl.program_id(0), tl.arange(0, STEP)

@@ -534,6 +534,8 @@ def draw(stored: Stored, device, generator: torch.Generator | None) -> torch.Ten
     x = torch.randn(stored.shape, dtype=torch.bfloat16, **options)
     if "norm" in stored.ours:
         return 1 + 0.2 * x
+    if "router_bias" in stored.ours:
+        return 0.1 * x  # small beside the logits, so that tokens choose nearly independently
     if "bias" in stored.ours or "sinks" in stored.ours:
         return x
     inputs = stored.shape[-2 if len(stored.shape) == 3 else -1]  # unpacked experts are [E, in, out]

@@ -495,7 +495,7 @@ TO_BITS = {"f16": lambda x: x.astype(f16).view(u16), "bf16": lambda x: bf16_bits
 # Whose results the rounding mode of f16 and f64 may change: all that make one, but for the widening
 # conversions, minima, maxima and moves. Matrix instructions always round to nearest.
 ROUNDS_F16 = re.compile(
-    r"v_(?!cvt_f64|cvt_f32_f16|cvt_p?k?_?f16_f32|(pk_)?(max|min)|med3|cmp|pack|mfma).*_f(16|64)"
+    r"v_(?!cvt_f64|cvt_f32_f16|cvt_(pk_|pkrtz_)?f16_f32|(pk_)?(max|min)|med3|cmp|pack|mfma).*_f(16|64)"
 )
 FP16_OVFL = 1 << 23  # MODE bit 23: conversions saturate instead of overflowing
 

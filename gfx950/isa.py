@@ -749,6 +749,11 @@ table(
     cvt_pk_bf16_f32=lambda a, b: pack16(bf16_bits(a), bf16_bits(b)),
     cvt_pk_f16_f32=lambda a, b: pack16(a.astype(f16).view(u16), b.astype(f16).view(u16)),
 )
+table(
+    "v_",
+    "u32 = f32 f32",
+    cvt_pkrtz_f16_f32=lambda a, b: pack16(to_f16(3, a).view(u16), to_f16(3, b).view(u16)),
+)
 table("v_", "u32 = u32 u32", cvt_pk_u16_u32=lambda a, b: pack16(narrow(u16)(a), narrow(u16)(b)))
 table("v_", "u32 = i32 i32", cvt_pk_i16_i32=lambda a, b: pack16(narrow(i16)(a), narrow(i16)(b)))
 table("v_", "u32 = u16 u16", pack_b32_f16=pack16)

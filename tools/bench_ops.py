@@ -152,9 +152,15 @@ def attention(bench: Bench, c, cases: list[tuple[int, int, int]]) -> None:
         for kind in tables:
             seen = min(cached, c.sliding_window) if kind == "sliding_attention" else cached
             nbytes = 4 * G * D * S * (seen + Q) + 2 * S * Q * (2 * N + 2 * G) * D
-            flop = 4.0 * S * N * D * sum(
-                min(p + 1, c.sliding_window if kind == "sliding_attention" else p + 1)
-                for p in range(cached, cached + Q)
+            flop = (
+                4.0
+                * S
+                * N
+                * D
+                * sum(
+                    min(p + 1, c.sliding_window if kind == "sliding_attention" else p + 1)
+                    for p in range(cached, cached + Q)
+                )
             )
             size = page * PAGE * 4 * G * D  # bytes of a pool
             pools = [
@@ -296,7 +302,11 @@ def main(argv: list[str]) -> int:
         few, many, device, gpu = [1, 20], [1, 20], torch.device("cpu"), gfx950.emulate()
         cases = [(2, 1, 20), (1, 18, 0)]
     else:
-        c, device, gpu = weights.published(args.model), torch.device("cuda"), contextlib.nullcontext()
+        c, device, gpu = (
+            weights.published(args.model),
+            torch.device("cuda"),
+            contextlib.nullcontext(),
+        )
         few, many = [1, 8, 64], [1, 2, 4, 8, 16, 64, 512, 2048, 8192]
         cases = [(1, 1, 512), (8, 1, 1024), (1, 1, 8192), (1, 1, 100000), (64, 1, 1024)]
         cases += [(1, 512, 0), (1, 2048, 0), (8, 512, 0), (1, 512, 8192)]

@@ -8,10 +8,10 @@ what the compiler says of each: registers, spills, shared memory, and how wide i
 import argparse
 import re
 import subprocess
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
-import sys
 from pathlib import Path
 
 import torch
@@ -26,7 +26,8 @@ import weights
 WIDE = re.compile(
     r"^\s*(?:@!?%\w+ )?((?:ld|st|cp\.async)\.[\w.]*(?:global|shared)[\w.]*|wgmma\.mma_async\S*|mma\.sync"
     r"\S*|bar\.sync|shfl\.\S*|(?:global|buffer)_(?:load|store)\w*|ds_(?:read|write|bpermute)\w*|v_mfma\w*|"
-    r"s_barrier)", re.M
+    r"s_barrier)",
+    re.M,
 )
 
 
@@ -62,7 +63,9 @@ def read(name: str, metadata, target: GPUTarget) -> tuple[int, int, str]:
     usage = subprocess.run(
         [tool, "-res-usage", cache.get_file(f"{name}.cubin")], capture_output=True, text=True
     ).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage).groups())
+    registers, stack, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage).groups()
+    )
     return registers, stack + local, text
 
 
@@ -91,7 +94,9 @@ def compiling_for(name: str):
         class utils:
             load_binary = staticmethod(lambda name, *_: (name, name, 0, 0, 1024))
             get_device_properties = staticmethod(
-                lambda _: dict(max_shared_mem=1 << 18, multiprocessor_count=132, warpSize=target.warp_size)
+                lambda _: dict(
+                    max_shared_mem=1 << 18, multiprocessor_count=132, warpSize=target.warp_size
+                )
             )
 
         get_current_target = staticmethod(lambda: target)
@@ -119,14 +124,18 @@ def main() -> None:
         with compiling_for(args.gpu) as found:
             launch_layer(c, T)
         for k in found:
-            print(f"T={T} {k.name} grid={k.grid} registers={k.registers} spills={k.spills} shared={k.shared}")
+            print(
+                f"T={T} {k.name} grid={k.grid} registers={k.registers} spills={k.spills} shared={k.shared}"
+            )
             print("   ", ", ".join(f"{n} {i}" for i, n in k.instructions().most_common()))
             if args.keep:
                 args.keep.mkdir(exist_ok=True)
                 (args.keep / f"{k.name}_{T}_{found.index(k)}.txt").write_text(k.text)
 
 
-def launch_layer(c: weights.Config, T: int, activations: str = "bf16", dtype=torch.bfloat16) -> None:
+def launch_layer(
+    c: weights.Config, T: int, activations: str = "bf16", dtype=torch.bfloat16
+) -> None:
     """The five operations of a layer on meta tensors: T = 1 is a decode step, else a prompt."""
 
     def new(*shape, dtype=dtype):
