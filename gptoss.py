@@ -1516,7 +1516,12 @@ def run(args: argparse.Namespace) -> None:
         device = args.device or ("cuda" if cuda else "cpu")
         ops = "gluon" if args.emulate else args.ops
         dtype = getattr(torch, args.dtype) if args.dtype else None
+        start = time.perf_counter()
         model = GPTOSS.from_pretrained(args.checkpoint, device, dtype, ops, args.activations)
+        if model.device.type == "cuda":
+            room = model.pages_that_fit(args.page_size) * args.page_size
+            seconds = time.perf_counter() - start
+            say(f"loaded in {seconds:.1f} s; the memory left caches {room:,} tokens")
         if args.chat:
             converse(model, tokenizer, args)
         else:

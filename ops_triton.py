@@ -178,28 +178,10 @@ def attend(q, k, v, seen, top, total, acc, scale):
 
 @triton.jit(do_not_specialize=["P"])
 def decode_kernel(
-    qkv,
-    sinks,
-    pool,
-    out,
-    cos,
-    sin,
-    positions,
-    table,
-    parts,
-    arrived,
-    P,
-    scale,
-    WINDOW: tl.constexpr,
-    PAGE: tl.constexpr,
-    M: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    KEYS: tl.constexpr,
-    HIP: tl.constexpr,
-):
+    qkv, sinks, pool, out, cos, sin, positions, table, parts, arrived, P, scale,
+    WINDOW: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr, HIP: tl.constexpr,
+):  # fmt: skip
     """Program (g, s, z): part z of the keys that sequence s's one token sees, for the M query heads
     of key head g. Part 0 has the token's own key, which it caches, and the sinks. How many parts
     there are depends on the sequence's length alone."""
@@ -255,54 +237,34 @@ def decode_kernel(
         top, total, acc = attend(q, k, v, (key < end)[None, :], top, total, acc, scale)
 
     if used > 1:
-        # a part's rows: top and total in two columns beyond its D
-        row = (((s * G + g) * tl.num_programs(2)) * ROWS + m) * (COLUMNS + 2)
-        mine = parts + row + z * ROWS * (COLUMNS + 2)
+        # a part's rows: top and total beyond its columns, which stay multiples of 16 bytes
+        row = (((s * G + g) * tl.num_programs(2)) * ROWS + m) * (COLUMNS + 4)
+        mine = parts + row + z * ROWS * (COLUMNS + 4)
         tl.store(mine[:, None] + d[None, :], acc)
         tl.store(mine + COLUMNS, top)
         tl.store(mine + COLUMNS + 1, total)
         if arrive(arrived + s * G + g, m, HIP) < used - 1:
             return
         tl.store(arrived + s * G + g, 0)
-        top = tl.load(parts + row + COLUMNS)
-        total = tl.load(parts + row + COLUMNS + 1)
-        acc = tl.load(parts + row[:, None] + d[None, :])
-        for part in range(1, used):
-            theirs = parts + row + part * ROWS * (COLUMNS + 2)
-            their_top = tl.load(theirs + COLUMNS)
-            new = tl.maximum(top, their_top)
-            fade, their_fade = tl.exp2(top - new), tl.exp2(their_top - new)
-            total = total * fade + tl.load(theirs + COLUMNS + 1) * their_fade
-            their_acc = tl.load(theirs[:, None] + d[None, :])
-            acc = acc * fade[:, None] + their_acc * their_fade[:, None]
-            top = new
+        # all parts at once: in a loop the latencies of its loads would add up
+        part = tl.arange(0, SPLITS)[:, None]
+        theirs = parts + row[None, :] + part * (ROWS * (COLUMNS + 4))  # [SPLITS, ROWS]
+        there = (part < used) & (m[None, :] < M)
+        tops = tl.load(theirs + COLUMNS, mask=there, other=-float("inf"))
+        share = tl.exp2(tops - tl.maximum(tl.max(tops, 0), -1e30)[None, :])
+        total = tl.sum(share * tl.load(theirs + COLUMNS + 1, mask=there, other=0.0), 0)
+        theirs = theirs[:, :, None] + d[None, None, :]
+        theirs = tl.load(theirs, mask=there[:, :, None], other=0.0)
+        acc = tl.sum(share[:, :, None] * theirs, 0)
     tl.store(into, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["Q", "P"])
 def prefill_kernel(
-    qkv,
-    keys,
-    sinks,
-    pool,
-    out,
-    cos,
-    sin,
-    positions,
-    table,
-    Q,
-    P,
-    scale,
-    WINDOW: tl.constexpr,
-    PAGE: tl.constexpr,
-    M: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+    qkv, keys, sinks, pool, out, cos, sin, positions, table, Q, P, scale, WINDOW: tl.constexpr,
+    PAGE: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    QUERIES: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
     """Program (tile, g, s): QUERIES tokens of sequence s and the M query heads of key head g, over
     the cached keys before the chunk and then the chunk's own, rotated, in `keys` [T, G, D]."""
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -374,20 +336,9 @@ def rotate_keys_kernel(
 
 @triton.jit(do_not_specialize=["Q", "P"])
 def cache_kernel(
-    qkv,
-    keys,
-    pool,
-    positions,
-    newest,
-    table,
-    Q,
-    P,
-    PAGE: tl.constexpr,
-    M: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    qkv, keys, pool, positions, newest, table, Q, P, PAGE: tl.constexpr, M: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Program (token, g): of more new tokens than the table has room for the last stay."""
     token, g, d = tl.program_id(0), tl.program_id(1), tl.arange(0, COLUMNS)
     s, C = token // Q, P * PAGE
@@ -424,7 +375,7 @@ def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -
         most = min(room, window) if sliding else room  # keys
         splits = min(triton.cdiv(most, SPLIT_KEYS.value), SPLITS.value)
         rows = next_power(M, 16)
-        parts = qkv.new_empty(S * G * splits, rows, columns + 2, dtype=torch.float32)
+        parts = qkv.new_empty(S * G * splits, rows, columns + 4, dtype=torch.float32)
         decode_kernel[(G, S, splits)](
             qkv, sinks, pool, out, *step, table, parts, plan.arrived, P, scale, window,
             plan.page_size, M, G, D, rows, columns, 64, on_hip(), num_warps=4,
@@ -513,7 +464,7 @@ def prepare(experts, activations: str) -> Packed:
         experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias, scales[0], 2
     )
     down = pack(experts.down_weight, experts.down_scale, experts.down_bias, scales[1], 1)
-    return Packed(gate_up, down, activations, down.bias.new_zeros(1 << 10, dtype=torch.int32))
+    return Packed(gate_up, down, activations, down.bias.new_zeros(1 << 12, dtype=torch.int32))
 
 
 def pack(weight: Tensor, scale: Tensor | None, bias: Tensor, input_scale: float, pair: int):
@@ -660,30 +611,11 @@ def quantised(x, scale, ACTIVATIONS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def route_kernel(
-    x,
-    router_weight,
-    router_bias,
-    logits,
-    chosen,
-    gates,
-    experts,
-    rows,
-    count,
-    seen,
-    arrived,
-    T,
-    scale,
-    H: tl.constexpr,
-    E: tl.constexpr,
-    TOP_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    PART: tl.constexpr,
-    TOKENS: tl.constexpr,
-    STEP: tl.constexpr,
-    ACTIVATIONS: tl.constexpr,
-    DECODE: tl.constexpr,
-    HIP: tl.constexpr,
-):
+    x, router_weight, router_bias, logits, chosen, gates, experts, rows, count, seen, arrived, T,
+    scale, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
+    PART: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, ACTIVATIONS: tl.constexpr,
+    DECODE: tl.constexpr, HIP: tl.constexpr,
+):  # fmt: skip
     """Program (p, z, b): logits of EXPERTS experts for TOKENS tokens over part z of H, PART long;
     p = 0 rounds this part of x to `seen`, as the first GEMM sees it. The last program of a block of
     tokens to arrive adds the parts up and selects each token's experts. In decode it then lists the
@@ -719,12 +651,12 @@ def route_kernel(
     e = tl.arange(0, PADDED_E)
     there = (token < T)[:, None] & (e < E)[None, :]
     total = tl.zeros([TOKENS, PADDED_E], tl.float32)
-    for part in range(tl.num_programs(1)):
+    for part in tl.static_range((H + PART - 1) // PART):
         terms = logits + (part * T + token[:, None]) * E + e[None, :]
         total += tl.load(terms, mask=there, other=0.0)
     total += tl.load(router_bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
-    # integers in the order of the logits: -0 as 0, NaN above all
-    bits = (total + 0.0).to(tl.int32, bitcast=True)
+    # integers in the order of the logits, of which none is -0, as sums begin at 0; NaN above all
+    bits = total.to(tl.int32, bitcast=True)
     order = tl.where(total != total, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     order = tl.where(e[None, :] < E, order, -0x80000000)
     slots = tl.arange(0, triton.next_power_of_2(TOP_K))
@@ -789,45 +721,54 @@ def sort_kernel(
         tl.store(experts + before + start + step, tl.zeros_like(step) + e, mask=start + step < mine)
 
 
+@triton.jit
+def mx_load(
+    inputs, live, data, scales, n, b, K: tl.constexpr, BLOCKS: tl.constexpr, KB: tl.constexpr,
+    NB: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Blocks b to b + KB of K: words and scales of NB blocks of rows from n * NB on, of BLOCKS in
+    all, and the inputs of the pairs. MASKED: some of the blocks of K do not exist."""
+    block = b + tl.arange(0, KB)[:, None]
+    word = n * (NB * 128) + tl.arange(0, NB * 128)[None, :]
+    lane = n * (NB * 32) + tl.arange(0, NB * 32)[None, :]
+    words, lanes = data + block * (BLOCKS * 128) + word, scales + block * (BLOCKS * 8) + lane // 4
+    if MASKED or BLOCKS % NB:
+        words = tl.load(words, mask=(word < BLOCKS * 128) & (block * 64 < K), other=0)
+        lanes = tl.load(lanes, mask=(lane < BLOCKS * 32) & (block * 64 < K), other=0)
+    else:
+        words, lanes = tl.load(words), tl.load(lanes)
+    k = b * 64 + tl.arange(0, KB * 64)[None, :]
+    there = live[:, None]
+    if MASKED or K % 64:
+        there &= k < K
+    return words, lanes, tl.load(inputs[:, None] + k, mask=there, other=0.0)
+
+
+@triton.jit
+def mx_dot(
+    acc, words, lanes, tokens, KB: tl.constexpr, NB: tl.constexpr, WIDE: tl.constexpr,
+    HIP: tl.constexpr,
+):  # fmt: skip
+    w = dequantised(words.reshape(KB, NB * 32, 4), lanes, KB, NB, WIDE, not HIP)
+    return tl.dot(w.to(tokens.dtype), tokens.T, acc, input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=["T"])
 def expert_kernel(
-    x,
-    data,
-    scales,
-    bias,
-    gates,
-    experts,
-    rows,
-    count,
-    h,
-    out,
-    arrived,
-    T,
-    input_scale,
-    limit,
-    down_scale,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    TOP_K: tl.constexpr,
-    ACTIVATIONS: tl.constexpr,
-    DISPATCH: tl.constexpr,
-    DECODE: tl.constexpr,
-    MX: tl.constexpr,
-    WIDE: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, data, scales, bias, gates, experts, rows, count, h, out, arrived, T, input_scale, limit,
+    down_scale, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, ACTIVATIONS: tl.constexpr,
+    DISPATCH: tl.constexpr, DECODE: tl.constexpr, MX: tl.constexpr, WIDE: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     HIP: tl.constexpr,
-):
-    """Program (n, tile): BN rows of the tile's expert times the inputs of its BM pairs; weights are
-    the left operand, pairs the columns. DISPATCH: the first GEMM, bias and SwiGLU -> h [pairs,
-    N/2], as the second GEMM sees it. Else the second GEMM and bias, times the gate weight -> h
-    float32 [pairs, N]; in decode, the last program for these rows to arrive adds up the TOP_K pairs
-    of each token -> out [T, N]."""
+):  # fmt: skip
+    """Program (n, tile, z): BN rows of the tile's expert times the inputs of its BM pairs, over
+    part z of SPLIT of K; weights are the left operand, pairs the columns. DISPATCH: the first GEMM,
+    bias and SwiGLU -> h [pairs, N/2], as the second GEMM sees it. Else the second GEMM and bias,
+    times the gate weight -> h float32 [SPLIT, pairs, N]; in decode, the last program for these rows
+    to arrive adds up the parts and the TOP_K pairs of each token -> out [T, N]."""
     NB: tl.constexpr = BN // 16
     BLOCKS: tl.constexpr = (N + 15) // 16  # of 16 rows
-    n, tile = tl.program_id(0), tl.program_id(1)
+    n, tile, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     column = tl.arange(0, BM)
     # all three at once: beyond the last tile there is memory, but nothing in it
     tiles = tl.load(count)
@@ -838,34 +779,36 @@ def expert_kernel(
     live = pair >= 0
     row = tl.maximum(pair, 0).to(tl.int64)
     inputs = x + (row // TOP_K if DISPATCH else row) * K  # [BM]
-    k = tl.arange(0, BK)
     acc = tl.zeros([BN, BM], tl.float32)
     if MX:
         KB: tl.constexpr = BK // 64
         K_BLOCKS: tl.constexpr = (K + 63) // 64
         data += expert * (K_BLOCKS * BLOCKS * 128)
         scales += expert * (K_BLOCKS * BLOCKS * 8)
-        lane = n * (NB * 32) + tl.arange(0, NB * 32)  # of all rows' blocks
-        block, word = tl.arange(0, KB), n * (NB * 128) + tl.arange(0, NB * 128)
-        for start in tl.range(0, K_BLOCKS, KB, num_stages=STAGES):
-            b = start + block
-            there = (b < K_BLOCKS)[:, None] & (lane < BLOCKS * 32)[None, :]
-            bytes4 = tl.load(
-                scales + b[:, None] * (BLOCKS * 8) + lane[None, :] // 4, mask=there, other=0
+        # Whole steps, of which program z has its share, and the rest, which the last one adds: its
+        # loads are on their way meanwhile.
+        STEPS: tl.constexpr = K // BK
+        SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+        REST: tl.constexpr = K_BLOCKS - STEPS * KB
+        if REST > 0:
+            RB: tl.constexpr = triton.next_power_of_2(REST)
+            last = live & (z == SPLIT - 1)
+            words, lanes, tokens = mx_load(
+                inputs, last, data, scales, n, STEPS * KB, K, BLOCKS, RB, NB, RB > REST
             )
-            there = (b < K_BLOCKS)[:, None] & (word < BLOCKS * 128)[None, :]
-            at = b[:, None] * (BLOCKS * 128) + word[None, :]
-            words = tl.load(data + at, mask=there, other=0).reshape(KB, NB * 32, 4)
-            at = start * 64 + k
-            tokens = tl.load(
-                inputs[:, None] + at[None, :], mask=live[:, None] & (at < K)[None, :], other=0.0
-            )
-            w = dequantised(words, bytes4, KB, NB, WIDE, not HIP).to(tokens.dtype)
-            acc = tl.dot(w, tokens.T, acc, input_precision="ieee")
+        end = min((z + 1) * SHARE, STEPS) * KB
+        for b in tl.range(z * SHARE * KB, end, KB, num_stages=STAGES):
+            w, s, x_tile = mx_load(inputs, live, data, scales, n, b, K, BLOCKS, KB, NB, False)
+            acc = mx_dot(acc, w, s, x_tile, KB, NB, WIDE, HIP)
+        if REST > 0:
+            acc = mx_dot(acc, words, lanes, tokens, RB, NB, WIDE, HIP)
     else:
         r = n * BN + tl.arange(0, BN)
+        k = tl.arange(0, BK)
         data += expert * (BLOCKS * 16 * K)
-        for start in tl.range(0, K, BK, num_stages=STAGES):
+        STEPS: tl.constexpr = (K + BK - 1) // BK
+        SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT * BK
+        for start in tl.range(z * SHARE, min(z * SHARE + SHARE, K), BK, num_stages=STAGES):
             at = start + k
             there = (r < BLOCKS * 16)[:, None] & (at < K)[None, :]
             w = tl.load(data + r[:, None] * K + at[None, :], mask=there, other=0.0)
@@ -875,8 +818,9 @@ def expert_kernel(
             acc = tl.dot(w.to(tokens.dtype), tokens.T, acc, input_precision="ieee")
 
     r = n * BN + tl.arange(0, BN)
-    b = tl.load(bias + expert * (BLOCKS * 16) + r, mask=r < BLOCKS * 16, other=0.0)
-    acc = acc * input_scale + b[:, None]
+    first = (r < BLOCKS * 16) & (z == 0)
+    bs = tl.load(bias + expert * (BLOCKS * 16) + r, mask=first, other=0.0)
+    acc = acc * input_scale + bs[:, None]
     if DISPATCH:
         NAN: tl.constexpr = tl.PropagateNan.ALL
         gate, up = tl.split(acc.reshape(NB, 2, 8, BM).permute(0, 2, 3, 1))  # [NB, 8, BM]
@@ -891,63 +835,73 @@ def expert_kernel(
         tl.store(h + at, y, mask=live[None, :] & (r < N // 2)[:, None])
     else:
         gate = tl.load(gates + row)
-        at = row[None, :] * N + r[:, None]
+        at = (z * T * TOP_K + row)[None, :] * N + r[:, None]
         tl.store(h + at, acc * gate[None, :], mask=live[None, :] & (r < N)[:, None])
         if DECODE:
-            if arrive(arrived + n, column, HIP) == tiles - 1:
+            if arrive(arrived + n, column, HIP) == tiles * SPLIT - 1:
                 tl.store(arrived + n, 0)
                 there = (column < T)[:, None] & (r < N)[None, :]
-                total = summed(h, column, r, there, N, TOP_K)
+                total = summed(h, column, r, there, T, N, TOP_K, SPLIT)
                 at_out = column[:, None] * N + r[None, :]
                 tl.store(out + at_out, total.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def summed(h, token, r, there, N: tl.constexpr, TOP_K: tl.constexpr):
-    """Sum over the pairs of each token, in order: h float32 [T * TOP_K, N] -> [tokens, rows]."""
+def summed(h, token, r, there, T, N: tl.constexpr, TOP_K: tl.constexpr, SPLIT: tl.constexpr):
+    """Sum over the parts and pairs of each token, in order: h float32 [SPLIT, T * TOP_K, N] ->
+    [tokens, rows]."""
     at = token.to(tl.int64)[:, None] * (TOP_K * N) + r[None, :]
-    total = tl.load(h + at, mask=there, other=0.0)
-    for slot in tl.static_range(1, TOP_K):
-        total += tl.load(h + at + slot * N, mask=there, other=0.0)
+    total = tl.zeros(there.shape, tl.float32)
+    for z in tl.static_range(SPLIT):
+        for slot in tl.static_range(TOP_K):
+            total += tl.load(h + at + (z * T * TOP_K + slot) * N, mask=there, other=0.0)
     return total
 
 
 @triton.jit(do_not_specialize=["T"])
-def sum_kernel(h, out, T, N: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Program (n, tokens): the sum over each token's pairs, above decode."""
-    r = tl.program_id(0) * BN + tl.arange(0, BN)
-    token = tl.program_id(1) * BM + tl.arange(0, BM)
-    there = (token < T)[:, None] & (r < N)[None, :]
+def sum_kernel(h, out, T, N: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr):
+    """Program (token, n): the sum over a token's pairs, above decode."""
+    token = tl.program_id(0) + tl.arange(0, 1)
+    r = tl.program_id(1) * BN + tl.arange(0, BN)
+    there = (r < N)[None, :]
+    total = summed(h, token, r, there, T, N, TOP_K, 1)
     at = token.to(tl.int64)[:, None] * N + r[None, :]
-    total = summed(h, token, r, there, N, TOP_K)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
 
 
 class Tile(NamedTuple):
-    """How `expert_kernel` cuts a GEMM: BN rows of weights, BM pairs, steps of BK inputs."""
+    """How `expert_kernel` cuts a GEMM: BN rows of weights, BM pairs, steps of BK inputs; K split
+    over so many programs (the second GEMM, in decode)."""
 
     BN: int
     BM: int
     BK: int
     warps: int
     stages: int
+    split: int = 1
 
 
-def tile_for(T: int, rows: float, hip: bool, dtype: torch.dtype) -> Tile:
-    """The tile for T tokens and `rows` pairs an expert in the mean."""
+def tiles_for(T: int, rows: float, mxfp4: bool, dtype: torch.dtype, hip: bool) -> tuple[Tile, Tile]:
+    """The tiles of the two GEMMs, of equal BM, for T tokens of a dtype and `rows` pairs an expert
+    in the mean. mxfp4: the weights are, else bfloat16."""
     if dtype == torch.float32:  # multiplied without the matrix units: the sums of IEEE's float32
-        return Tile(64, 16, 64, 4, 1)
-    if T <= DECODE_TOKENS:
-        tile = Tile(64, 16, 128, 4, 5)
+        first = second = Tile(64, 16, 64, 4, 1)
+    elif T <= DECODE_TOKENS:
+        first, second = Tile(64, 16, 256, 4, 4), Tile(64, 16, 256, 4, 4, 2)
     elif rows <= 8:
-        tile = Tile(128, 16, 128, 8, 4)
+        first = second = Tile(128, 16, 128, 8, 4)
     elif rows <= 24:
-        tile = Tile(128, 32, 128, 8, 4)
+        first = second = Tile(128, 32, 128, 8, 4)
     elif rows <= 48:
-        tile = Tile(128, 64, 64, 8, 4)
+        first = second = Tile(128, 64, 64, 8, 4)
     else:
-        tile = Tile(128, 128, 64, 8, 4)
-    return tile._replace(stages=2) if hip else tile  # which prefetches to registers
+        first = second = Tile(128, 128, 64, 8, 4)
+    if not mxfp4 or hip:  # to fit into the local memory of all; to registers, where HIP prefetches
+        BK, stages = (128, 2) if mxfp4 else (64, 2 if hip else 3)
+        first, second = (
+            t._replace(BK=min(t.BK, BK), stages=min(t.stages, stages)) for t in (first, second)
+        )
+    return first, second
 
 
 def moe(
@@ -961,9 +915,10 @@ def moe(
 ) -> Tensor:
     """x [T, H]; router_weight [E, H], router_bias [E] -> [T, H] in x's dtype, bfloat16 or float32.
 
-    Three launches up to DECODE_TOKENS, five above. Within either of these regimes a token's result
-    does not depend on the other tokens: of a regime's tiles all add up K in the same order.
-    ValueError for experts that were prepared for other activations, and for x of another dtype."""
+    Three launches up to DECODE_TOKENS, five above. A token's result does not depend on the other
+    tokens up to DECODE_TOKENS, nor above where `tiles_for` chooses the same tiles. ValueError for
+    experts that were prepared for other activations, for x of another dtype and for too many
+    tokens."""
     if packed.activations != activations:
         raise ValueError(
             f"experts were prepared for {packed.activations!r} activations, not for {activations!r}"
@@ -971,20 +926,23 @@ def moe(
     if x.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"x is {x.dtype}, the kernels take bfloat16 and float32")
     (T, H), E, x = x.shape, len(router_weight), x.contiguous()
+    if T > 32 * len(packed.arrived):
+        raise ValueError(f"{T} tokens at once, the kernels take {32 * len(packed.arrived)}")
     out = torch.empty_like(x)
     if not T:
         return out
     R, inner, decode, hip = T * top_k, packed.down.K, T <= DECODE_TOKENS, on_hip()
-    tile = tile_for(T, R / E, hip, x.dtype)
-    tiles = min(R, E) if decode else R // tile.BM + min(R, E)  # at most
+    cuts = tiles_for(T, R / E, packed.down.scale is not None, x.dtype, hip)
+    BM, split = cuts[0].BM, cuts[1].split if decode else 1
+    tiles = min(R, E) if decode else R // BM + min(R, E)  # at most
 
     def new(*shape, dtype=torch.int32):
         return x.new_empty(shape, dtype=dtype)
 
     chosen, gates = new(R), new(R, dtype=torch.float32)
-    experts, rows, count = new(tiles), new(tiles, tile.BM), new(1)
+    experts, rows, count = new(tiles), new(tiles, BM), new(1)
     seen = x if activations == "bf16" else torch.empty_like(x)
-    tokens, size, part = (tile.BM, 16, 384) if decode else (64, 32, H)
+    tokens, size, part = (BM, 16, 384) if decode else (32, 32, H)
     parts = triton.cdiv(H, part)
     logits = new(parts, T, E, dtype=torch.float32)
     route_kernel[(triton.cdiv(E, size), parts, triton.cdiv(T, tokens))](
@@ -993,17 +951,21 @@ def moe(
         activations, decode, hip, num_warps=4, num_stages=2 if hip else 3,
     )  # fmt: skip
     if not decode:
-        sort_kernel[(E,)](chosen, experts, rows, count, R, E, tile.BM, 1024, num_warps=4)
+        step, warps = (1024, 4) if R <= 1024 else (4096, 8)
+        sort_kernel[(E,)](chosen, experts, rows, count, R, E, BM, step, num_warps=warps)
 
-    h, y = new(R, inner, dtype=x.dtype), new(R, H, dtype=torch.float32)
-    for weight, source, target in ((packed.gate_up, seen, h), (packed.down, h, y)):
-        expert_kernel[(triton.cdiv(weight.bias.shape[1], tile.BN), tiles)](
+    h, y = new(R, inner, dtype=x.dtype), new(split, R, H, dtype=torch.float32)
+    for weight, source, target, tile in (
+        (packed.gate_up, seen, h, cuts[0]._replace(split=1)),
+        (packed.down, h, y, cuts[1]._replace(split=split)),
+    ):
+        expert_kernel[(triton.cdiv(weight.bias.shape[1], tile.BN), tiles, tile.split)](
             source, weight.data, weight.scale, weight.bias, gates, experts, rows, count, target,
             out, packed.arrived, T, weight.input_scale, swiglu_limit, packed.down.input_scale,
             weight.N, weight.K, top_k, activations, weight is packed.gate_up, decode,
-            weight.scale is not None, weight.wide, *tile[:3], tile.stages, hip,
+            weight.scale is not None, weight.wide, *tile[:3], tile.split, tile.stages, hip,
             num_warps=tile.warps,
         )  # fmt: skip
     if not decode:
-        sum_kernel[(triton.cdiv(H, 1024), T)](y, out, T, H, top_k, 1, 1024, num_warps=4)
+        sum_kernel[(T, triton.cdiv(H, 1024))](y, out, T, H, top_k, 1024, num_warps=4)
     return out

@@ -425,6 +425,47 @@ def test_a_gpu_gives_the_cpus_tokens(tiny, dtype):
     )
 
 
+@on_gpu
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(temperature=1.0, seed=3),
+    dict(temperature=0.8, top_k=20, top_p=0.9, seed=5),
+], ids=["greedy", "sampled", "cut"])  # fmt: skip
+def test_a_graph_gives_the_host_paths_tokens(tiny, options):
+    """Prompts of different lengths that join and leave, by a stop token or the limit."""
+    tokenizer = tiny[1]
+    prompts = [gptoss.chat_tokens(tokenizer, [("user", q)], "2026-01-31", "low") for q in QUESTIONS]
+    gpu = GPTOSS.from_pretrained(TINY, "cuda")
+
+    def answers() -> list:
+        return [gpu.generate(prompts, n, max_batch=b, **options) for n, b in ((60, 3), (17, 8))]
+
+    captured = answers()
+    assert answers() == captured
+    gpu.ops = gpu.ops._replace(capturable=False)
+    assert answers() == captured
+
+
+@on_gpu
+def test_nothing_is_compiled_after_warm_up(tiny):
+    import triton
+
+    import ops_triton
+
+    gpu = GPTOSS.from_pretrained(TINY, "cuda")
+    kernels = [f for f in vars(ops_triton).values() if isinstance(f, triton.JITFunction)]
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for f in kernels for cache in f.device_caches.values())
+
+    gpu.generate([prompt_of(40, 1000)] * 3, 20, stop_tokens=())
+    before = compiled()
+    assert before > 5
+    for length in (33, 150, 700):
+        gpu.generate([prompt_of(length, 1000)] * 3, 40, stop_tokens=())
+    assert compiled() == before
+
+
 def test_tiny_uses_every_feature_of_the_architecture(tiny):
     checkpoint = weights.load(TINY)
     c = checkpoint.config

@@ -383,16 +383,15 @@ def test_prepare_refuses_what_the_kernels_do_not_multiply():
     assert ops_triton.moe(x[:0], *router, packed, 2, "bf16").shape == (0, 64)
 
 
-@pytest.mark.parametrize("activations", gptoss.ACTIVATIONS)
 @pytest.mark.parametrize(
-    "T, E, H, inner, top_k, bf16",
+    "T, E, H, inner, top_k, bf16, activations",
     [
-        (5, 5, 96, 160, 3, False),
-        (1, 8, 160, 96, 4, False),
-        (16, 40, 64, 32, 1, False),  # fewer tokens than experts
-        (40, 5, 96, 160, 3, False),
-        (3, 4, 96, 64, 2, True),
-        (30, 4, 96, 64, 2, True),
+        *((5, 5, 96, 160, 3, False, a) for a in gptoss.ACTIVATIONS),
+        *((40, 5, 96, 160, 3, False, a) for a in gptoss.ACTIVATIONS),
+        (1, 8, 160, 96, 4, False, "bf16"),
+        (16, 40, 64, 32, 1, False, "bf16"),  # fewer tokens than experts
+        (3, 4, 96, 64, 2, True, "bf16"),
+        (30, 4, 96, 64, 2, True, "mxfp8"),
     ],
 )
 def test_moe(T, E, H, inner, top_k, bf16, activations):
@@ -400,8 +399,10 @@ def test_moe(T, E, H, inner, top_k, bf16, activations):
     check_moe(make_inputs(T, E, H), experts, top_k, activations)
 
 
-@pytest.mark.parametrize("T, activations", [(4, "bf16"), (4, "mxfp4"), (30, "bf16"), (30, "fp8")])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    "T, activations, bf16",
+    [(4, "mxfp4", False), (30, "bf16", False), (4, "bf16", True), (30, "fp8", True)],
+)
 def test_moe_float32(T, activations, bf16):
     check_moe(make_inputs(T, 5, 96, FLOAT), make_experts(5, 96, 64, bf16), 3, activations)
 
@@ -527,7 +528,11 @@ def test_the_tiny_model_says_what_the_equations_say(monkeypatch):
 # -- compilers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gpu", ["sm_90", "sm_80", "gfx942", "gfx950"])
+def slow(gpu):
+    return pytest.param(gpu, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("gpu", ["sm_90", "gfx950", slow("sm_80"), slow("sm_120"), slow("gfx942")])
 def test_compiled_for_gpus_that_are_not_here(gpu):
     """At the 120b's sizes nothing spills, and an H100 multiplies mxfp4 weights out of registers,
     without a detour through shared memory after they are dequantised."""

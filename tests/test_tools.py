@@ -14,6 +14,15 @@ import moe_gluon
 import weights
 
 
+@pytest.mark.parametrize("experts, top_k, tokens", [(4, 2, 1), (4, 2, 2), (5, 3, 2), (4, 1, 3)])
+def test_expected_experts_is_the_mean_over_all_choices(experts, top_k, tokens):
+    choices = list(itertools.combinations(range(experts), top_k))
+    products = itertools.product(choices, repeat=tokens)
+    counts = [len(set(itertools.chain(*chosen))) for chosen in products]
+    mean = sum(counts) / len(counts)
+    assert bench_moe.expected_experts(experts, top_k, tokens) == pytest.approx(mean)
+
+
 @pytest.mark.parametrize(
     "tokens, active, megabytes, us",
     [(1, 4, 52.9, 6.6), (8, 31, 409.8, 51.2), (8192, 128, 1692.1, 326.1)],

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import gfx950
 import moe_gluon
 import weights
-from bench import device_name, expected_experts, table
+from bench import device_name, table
 from weights import Config
 
 # MI355X (AMD's data sheet): bytes/s, and dense FLOP/s by the wider operand of the matrix
@@ -58,6 +58,12 @@ def packed_experts(activations: str, experts: int = 128, H: int = 2880, inner: i
     made = weights.random(config, layout).experts[0]
     made = replace(made, gate_up_input_scale=0.02, down_input_scale=0.01)
     return moe_gluon.prepare(made, activations)
+
+
+def expected_experts(experts: int, top_k: int, tokens: int) -> float:
+    """Distinct experts that `tokens` tokens choose, on average, if they choose evenly and
+    independently."""
+    return experts * (1 - (1 - top_k / experts) ** tokens)
 
 
 def layer_floor(config: Config, activations: str, tokens: int, active: int) -> dict:

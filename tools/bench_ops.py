@@ -1,20 +1,21 @@
 """Times the five operations of ops_triton.py on a GPU, one by one, against their byte floors.
 
-    python tools/bench_ops.py --model 120b                         every operation, at 1 to 8192 tokens
+    python tools/bench_ops.py --model 120b              every operation, at 1 to 8192 tokens
     python tools/bench_ops.py --only moe --tokens 1 8 --variants 64,16,128,4,5 64,16,256,4,3
-    python tools/bench_ops.py --json ops.jsonl --seconds 240       stops early rather than late
+    python tools/bench_ops.py --json ops.jsonl --seconds 240    stops early rather than late
 
 An operation is captured as a graph of several calls, each with other inputs, weights or pages, so
 that the L2 cache does not help, and the graph is replayed. us: the median replay over its calls;
 floor: the bytes that a call cannot avoid over the bandwidth of a copy, measured first, or its FLOP
 over --flops, whichever is more. error: relative L2 against the equations in float32 on the same
 device. A line of JSON is written as soon as it is measured; the table follows at the end. A variant
-BN,BM,BK,warps,stages replaces `ops_triton.tile_for`'s choice.
+BN,BM,BK,warps,stages[,split] replaces the choice of `ops_triton.tiles_for`.
 
 Without a GPU --model tiny runs everything once in the emulator, which times nothing."""
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import statistics
@@ -204,7 +205,7 @@ def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str) ->
     H, E, k = c.hidden_size, c.num_local_experts, c.num_experts_per_tok
     router = torch.randn(E, H, device=bench.device).mul(H**-0.5).bfloat16()
     bias = torch.zeros(E, device=bench.device, dtype=torch.bfloat16)
-    chosen_by = ops_triton.tile_for
+    chosen_by = ops_triton.tiles_for
     for T in tokens:
         data = [new(bench.device, T, H) for _ in range(20 if T <= 64 else 3)]
         active = statistics.mean(len(gptoss.gating(x, router, bias, k).counts) for x in data)
@@ -219,17 +220,18 @@ def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str) ->
             want = gptoss.moe_reference(few, router, bias, layers[0], k, activations)
             return relative(call(x, packed[0])[:: max(1, len(x) // 16)][:16], want)
 
-        calls = [
-            lambda x=x, p=packed[n % len(packed)], call=call: call(x, p) for n, x in enumerate(data)
-        ]
+        pairs = zip(data, itertools.cycle(packed))
+        calls = [lambda x=x, p=p, call=call: call(x, p) for x, p in pairs]
         for variant in [None, *variants]:
             if variant and T <= ops_triton.DECODE_TOKENS and variant.BM != 16:
                 continue
-            tile = variant or chosen_by(T, T * k / E, ops_triton.on_hip(), torch.bfloat16)
-            with mock.patch.object(ops_triton, "tile_for", lambda *_, tile=tile: tile):
+            tiles = chosen_by(T, T * k / E, True, torch.bfloat16, ops_triton.on_hip())
+            tiles = (variant, variant) if variant else tiles
+            with mock.patch.object(ops_triton, "tiles_for", lambda *_, tiles=tiles: tiles):
+                cut = " ".join(",".join(map(str, tile)) for tile in tiles)
                 bench.row(
-                    "moe", calls, nbytes, flop, error, T=T, active=round(active, 1),
-                    tile=",".join(map(str, tile)), chosen=variant is None,
+                    "moe", calls, nbytes, flop, error, T=T, active=round(active, 1), tile=cut,
+                    chosen=variant is None,
                 )  # fmt: skip
                 if variant is None and bench.device.type == "cuda":
                     kernels(bench, calls, T)

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ops_triton
 import weights
 
-WIDE = re.compile(
-    r"^\s*(?:@!?%\w+ )?((?:ld|st|cp\.async)\.[\w.]*(?:global|shared)[\w.]*|wgmma\.mma_async\S*|mma\.sync"
-    r"\S*|bar\.sync|shfl\.\S*|(?:global|buffer)_(?:load|store)\w*|ds_(?:read|write|bpermute)\w*|v_mfma\w*|"
-    r"s_barrier)",
+SHOWN = re.compile(
+    r"^\s*(?:@!?%\w+ )?((?:ld|st|cp\.async)\.[\w.]*(?:global|shared)[\w.]*|wgmma\.mma_async\S*"
+    r"|mma\.sync\S*|bar\.sync|shfl\.\S*|(?:global|buffer)_(?:load|store)\w*"
+    r"|ds_(?:read|write|bpermute)\w*|v_mfma\w*|s_barrier)",
     re.M,
 )
 
@@ -42,7 +42,7 @@ class Compiled:
 
     def instructions(self) -> Counter:
         """How often the assembly has each memory, matrix and synchronising instruction."""
-        return Counter(WIDE.findall(self.text))
+        return Counter(SHOWN.findall(self.text))
 
 
 def target_of(name: str) -> GPUTarget:
@@ -63,9 +63,8 @@ def read(name: str, metadata, target: GPUTarget) -> tuple[int, int, str]:
     usage = subprocess.run(
         [tool, "-res-usage", cache.get_file(f"{name}.cubin")], capture_output=True, text=True
     ).stdout
-    registers, stack, local = map(
-        int, re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage).groups()
-    )
+    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
+    registers, stack, local = map(int, found.groups())
     return registers, stack + local, text
 
 
@@ -100,7 +99,8 @@ def compiling_for(name: str):
             )
 
         get_current_target = staticmethod(lambda: target)
-        get_current_device = staticmethod(lambda: name)
+        # apart from kernels that an emulator compiled
+        get_current_device = staticmethod(lambda: f"{name}, not here")
         get_current_stream = staticmethod(lambda _: 0)
         get_active_torch_device = staticmethod(lambda: torch.device("meta"))
 
@@ -124,9 +124,8 @@ def main() -> None:
         with compiling_for(args.gpu) as found:
             launch_layer(c, T)
         for k in found:
-            print(
-                f"T={T} {k.name} grid={k.grid} registers={k.registers} spills={k.spills} shared={k.shared}"
-            )
+            print(f"T={T} {k.name} grid={k.grid} registers={k.registers}", end=" ")
+            print(f"spills={k.spills} shared={k.shared}")
             print("   ", ", ".join(f"{n} {i}" for i, n in k.instructions().most_common()))
             if args.keep:
                 args.keep.mkdir(exist_ok=True)
@@ -134,33 +133,43 @@ def main() -> None:
 
 
 def launch_layer(
-    c: weights.Config, T: int, activations: str = "bf16", dtype=torch.bfloat16
+    c: weights.Config, T: int, activations="bf16", dtype=torch.bfloat16, mxfp4=True
 ) -> None:
-    """The five operations of a layer on meta tensors: T = 1 is a decode step, else a prompt."""
+    """The five operations of a layer on meta tensors: T = 1 is a decode step, else a prompt. mxfp4:
+    the experts are, else bfloat16."""
 
     def new(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    H, I, E = c.hidden_size, c.intermediate_size, c.num_local_experts
+    H, inner, E = c.hidden_size, c.intermediate_size, c.num_local_experts
     N, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     ops_triton.add_norm(new(T, H), new(T, H), new(H, dtype=torch.float32), 1e-5)
     table = new(1, 256, dtype=torch.int32)
     step = ops_triton.Plan(
-        new(T, D // 2, dtype=torch.float32), new(T, D // 2, dtype=torch.float32),
-        new(1, T, dtype=torch.int32), new(1, dtype=torch.int32),
-        {kind: table for kind in weights.LAYER_TYPES}, 16, c.sliding_window, new(G, dtype=torch.int32),
-    )  # fmt: skip
+        cos=new(T, D // 2, dtype=torch.float32),
+        sin=new(T, D // 2, dtype=torch.float32),
+        positions=new(1, T, dtype=torch.int32),
+        newest=new(1, dtype=torch.int32),
+        tables=dict.fromkeys(weights.LAYER_TYPES, table),
+        page_size=16,
+        window=c.sliding_window,
+        arrived=new(G, dtype=torch.int32),
+    )
     for kind in weights.LAYER_TYPES:
         ops_triton.attention(new(T, (N + 2 * G) * D), new(N), new(4096, 2, G, D), kind, step)
 
     def weight(N, K):
+        if not mxfp4:
+            return ops_triton.Weight(
+                new(E, N, K, dtype=torch.bfloat16), None, new(E, N), 1.0, False, N, K
+            )
         blocks = -(-K // 64), -(-N // 16)
         data = new(E, *blocks, 8, 4, 4, dtype=torch.int32)
         scale, bias = new(E, *blocks, 8, dtype=torch.int32), new(E, N, dtype=torch.float32)
         return ops_triton.Weight(data, scale, bias, 1.0, False, N, K)
 
     arrived = new(1 << 10, dtype=torch.int32)
-    packed = ops_triton.Packed(weight(2 * I, H), weight(H, I), activations, arrived)
+    packed = ops_triton.Packed(weight(2 * inner, H), weight(H, inner), activations, arrived)
     k = c.num_experts_per_tok
     ops_triton.moe(new(T, H), new(E, H), new(E), packed, k, activations, c.swiglu_limit)
 
