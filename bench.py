@@ -83,12 +83,6 @@ def summary(rounds: list[list[list[float]]]) -> dict:
     }
 
 
-def expected_experts(experts: int, top_k: int, tokens: int) -> float:
-    """Distinct experts that `tokens` tokens choose, on average, if they choose evenly and
-    independently."""
-    return experts * (1 - (1 - top_k / experts) ** tokens)
-
-
 def nbytes(thing) -> int:
     """Bytes of a tensor, or of all tensors in a dataclass."""
     if isinstance(thing, torch.Tensor):
@@ -96,13 +90,27 @@ def nbytes(thing) -> int:
     return sum(map(nbytes, vars(thing).values())) if dataclasses.is_dataclass(thing) else 0
 
 
-def step_bytes(model: GPTOSS, tokens: int, context: int) -> float:
+def met_experts(model: GPTOSS, prompts: list[list[int]]) -> float:
+    """Distinct experts a layer, in the mean, that a decode step after these prompts reads."""
+    engine, ops, met = model.engine(prompts, 2, stop_tokens=()), model.ops, []
+
+    def moe(x, router_weight, router_bias, packed, top_k, *rest):
+        met.append(len(gptoss.gating(x, router_weight, router_bias, top_k).chosen.unique()))
+        return ops.moe(x, router_weight, router_bias, packed, top_k, *rest)
+
+    engine.step()  # the prompts
+    model.ops = ops._replace(moe=moe, capturable=False)
+    engine.step()
+    model.ops = ops
+    return statistics.mean(met)
+
+
+def step_bytes(model: GPTOSS, tokens: int, context: int, active: float) -> float:
     """Bytes that a decode step must read, each once: `tokens` sequences with `context` tokens each
-    in the cache. As the model stores them: the expected active experts, all else of every layer,
-    the unembedding, a row of the embedding per token, and the keys and values that are visible."""
+    in the cache. As the model stores them: `active` experts a layer, all else of every layer, the
+    unembedding, a row of the embedding per token, and the keys and values that are visible."""
     c, total = model.config, nbytes(model.unembedding) + nbytes(model.norm)
     total += tokens * c.hidden_size * model.embedding.itemsize
-    active = expected_experts(c.num_local_experts, c.num_experts_per_tok, tokens)
     for layer in model.layers:
         experts = nbytes(layer.packed)
         total += nbytes(layer) - experts + experts * active / c.num_local_experts
@@ -143,13 +151,13 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def build(args, device: torch.device) -> list[System]:
     """The systems that the command line asks for."""
-    if args.checkpoint.startswith("random:"):
-        config = weights.published(args.checkpoint.removeprefix("random:"))
-        checkpoint = weights.random(config, "openai", device, args.seed)
-    else:
-        checkpoint = weights.load(args.checkpoint)
     systems = []
     for name, v in args.variants.items():
+        if args.checkpoint.startswith("random:"):
+            config = weights.published(args.checkpoint.removeprefix("random:"))
+            checkpoint = weights.random(config, "openai", device, args.seed)
+        else:
+            checkpoint = weights.load(args.checkpoint)
         dtype = getattr(torch, v.dtype) if v.dtype else None
         model = GPTOSS(checkpoint, device, dtype, v.ops, v.activations)
         stream = functools.partial(
@@ -232,8 +240,9 @@ def measure(args, systems: list[System], bandwidth: float) -> tuple[list[dict], 
             row = {"system": system.name, "concurrency": concurrency} | summary(rounds)
             if system.model and row["step"]:
                 # The cache grows from input to input + output tokens: its mean.
-                size = step_bytes(system.model, concurrency, args.input + args.output // 2)
-                row |= {"step_bytes": size, "floor": 1e3 * size / bandwidth}
+                active = met_experts(system.model, prompts)
+                size = step_bytes(system.model, concurrency, args.input + args.output // 2, active)
+                row |= {"experts": active, "step_bytes": size, "floor": 1e3 * size / bandwidth}
                 row["share"] = row["floor"] / row["step"]
             rows.append(row)
         if len(systems) == 2:
@@ -267,6 +276,7 @@ COLUMNS = [
     ("p99", "tpot_p99", ".2f"),
     ("step ms", "step", ".2f"),
     ("output tok/s", "tokens_per_s", ".1f"),
+    ("experts a layer", "experts", ".1f"),
     ("bytes a step", "step_bytes", ",.0f"),
     ("floor ms", "floor", ".3f"),
     ("floor / step", "share", ".1%"),

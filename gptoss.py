@@ -12,16 +12,24 @@ the chat format https://github.com/openai/harmony. Shape letters:
     C  cached tokens that a step reads      M  query heads that share a key head: N / G
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # an interrupt while the libraries load ends the process at once
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import codecs
 import collections
 import contextlib
 import datetime
+import errno
 import functools
 import importlib.util
 import math
-import os
+import operator
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,11 +47,11 @@ from weights import MX_GROUP, CheckpointError, Config, Experts
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny")  # the embedded model
 PAGE_SIZE = 16  # tokens of a KV page
 MAX_BATCH = 64  # sequences that decode together
-PREFILL_TOKENS = 1024  # tokens of a prompt that run together
+PREFILL_TOKENS = 2048  # tokens of prompts that run together
 SCORES = 1 << 26  # heads x queries x keys whose attention scores are in memory together
 EXPAND_BELOW = 1 << 25  # bytes: a layer's experts that are smaller as float32 are expanded, at load
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
-OPS = ("auto", "torch", "gluon")
+OPS = ("auto", "torch", "triton", "gluon")
 SWIGLU_ALPHA = weights.ARCHITECTURE["swiglu_alpha"]
 
 
@@ -142,7 +150,7 @@ def rope(config: Config, device: torch.device) -> tuple[Tensor, float]:
     slow = (torch.arange(D // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
     slow = slow.clamp(0, 1)
     frequency = frequency / config.rope_factor * slow + frequency * (1 - slow)
-    return frequency.to(device), 0.1 * math.log(config.rope_factor) + 1
+    return frequency.to(device), config.rope_attention_factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -357,38 +365,43 @@ EQUATIONS = Ops(prepare, plan, add_norm, attention, moe_reference, capturable=Fa
 
 
 def choose_ops(name: str, device: torch.device) -> Ops:
-    """The operations called `name`: "torch", the equations; "gluon", the gfx950 kernels of the MoE
-    layer and the equations for the rest; "auto", gluon where a gfx950, real or emulated, is
-    Triton's active device and `device` belongs to it, else torch. Raises ValueError for another
-    name, and for what cannot run here."""
+    """The operations called `name`: "torch", the equations; "triton", ops_triton's kernels;
+    "gluon", these with moe_gluon's layer, for gfx950 exactly; "auto": gluon where a gfx950, real or
+    emulated, is Triton's active device and `device` belongs to it, triton on any other GPU that
+    Triton drives, else torch. Raises ValueError for another name, and for what cannot run here."""
     if name not in OPS:
         raise ValueError(f"ops={name!r}, expected one of {', '.join(OPS)}")
-    if name == "torch" or not on_gfx950(device):
-        if name == "gluon":
-            raise ValueError(
-                "ops='gluon' needs Triton with an active gfx950 (MI350, MI355 or emulated) that "
-                f"owns device {device}; use ops='torch'"
-            )
+    if name == "torch" or name == "auto" and not driven_by_triton(device):
         return EQUATIONS
+    if not driven_by_triton(device):
+        raise ValueError(
+            f"ops={name!r} needs Triton with an active GPU, real or emulated, that owns device "
+            f"{device}; use ops='torch'"
+        )
     import moe_gluon
+    import ops_triton as t
 
-    return EQUATIONS._replace(
-        prepare=moe_gluon.prepare, moe=moe_gluon.moe, dtypes=(torch.bfloat16,)
-    )
+    triton = Ops(t.prepare, t.plan, t.add_norm, t.attention, t.moe, capturable=True)
+    if name == "triton" or name == "auto" and not moe_gluon.is_supported():
+        return triton
+    if not moe_gluon.is_supported():
+        raise ValueError("ops='gluon' needs a gfx950 (MI350, MI355 or emulated); use ops='triton'")
+    return triton._replace(prepare=moe_gluon.prepare, moe=moe_gluon.moe, dtypes=(torch.bfloat16,))
 
 
-def on_gfx950(device: torch.device) -> bool:
-    """Whether Triton is installed and its active driver is a gfx950 to which `device` belongs."""
-    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("moe_gluon") is None:
+def driven_by_triton(device: torch.device) -> bool:
+    """Whether Triton and the kernels are there, and its active driver's device is `device`."""
+    if not all(map(importlib.util.find_spec, ("triton", "ops_triton", "moe_gluon"))):
         return False
     import triton
 
-    import moe_gluon
-
-    if not moe_gluon.is_supported():
+    try:
+        driver = triton.runtime.driver.active
+        driver.get_current_target()
+    except RuntimeError:  # Triton has no active driver
         return False
     # A driver that does not say where its tensors live is an emulator's.
-    owner = getattr(triton.runtime.driver.active, "get_active_torch_device", None)
+    owner = getattr(driver, "get_active_torch_device", None)
     return device.type == (owner().type if owner else "cpu")
 
 
@@ -407,27 +420,53 @@ class KVCache:
         depth = max(config.layer_types.count(kind) for kind in config.layer_types)
         shape = ((1 + num_pages) * page_size, 2, config.num_key_value_heads, config.head_dim)
         self.pool = torch.zeros(depth, *shape, device=device, dtype=dtype)
+        self.graphs: dict[tuple, DecodeGraph] = {}  # they know the pool's address
 
-    def allocate(self, length: int) -> dict[str, list[int]]:
-        """Block tables, by kind, for a sequence that may grow to `length` tokens."""
-        needed = pages_needed(self.config, length, self.page_size)
-        tables = {kind: [self.free.pop() for _ in range(n)] for kind, n in needed.items()}
+    def allocate(self, length: int, tables: dict[str, list[int]]) -> dict[str, list[int]]:
+        """Block tables, by kind, for a sequence that may grow to `length` tokens; `tables` are what
+        it has. A ring that is shorter than it will be has not wrapped."""
+        needed, new = pages_needed(self.config, length, self.page_size), {}
+        for kind, n in needed.items():
+            table = tables.get(kind, [])
+            new[kind] = table + [self.free.pop() for _ in range(n - len(table))]
         self.peak = max(self.peak, self.num_pages - len(self.free))
-        return tables
+        return new
+
+    def fork(self, tables: dict[str, list[int]]) -> dict[str, list[int]]:
+        """Tables for a sequence that goes on from here while these stay as they are: the sliding
+        layers' rings, which it will overwrite, are copied; the other pages, to whose end it will
+        write, are shared."""
+        if "sliding_attention" not in tables:
+            return tables
+        old = tables["sliding_attention"]
+        new = [self.free.pop() for _ in old]
+        self.peak = max(self.peak, self.num_pages - len(self.free))
+        pages = self.pool.unflatten(1, (-1, self.page_size))  # [depth, pages, page_size, 2, G, D]
+        pages[:, new] = pages[:, old]
+        return tables | {"sliding_attention": new}
 
     def release(self, tables: dict[str, list[int]]) -> None:
         for table in tables.values():
             self.free.extend(table)
 
     def step(self, positions: list[list[int]], tables: list[dict[str, list[int]]]) -> Step:
-        """The step of sequences at these positions. Tables are cut to the pages that the longest
-        sequence uses, and shorter ones filled up with page 0."""
-        longest = 1 + max(row[-1] for row in positions)
-        device, cut = self.pool.device, {}
-        for kind, width in pages_needed(self.config, longest, self.page_size).items():
-            pages = [(table[kind] + [0] * width)[:width] for table in tables]
-            cut[kind] = torch.tensor(pages, dtype=torch.int32, device=device)
-        return Step(torch.tensor(positions, dtype=torch.int32, device=device), cut, self.page_size)
+        """The step of sequences at these positions, of which shorter rows are filled up by padding.
+        Tables are cut to the pages that the longest sequence uses."""
+        longest, width = 1 + max(row[-1] for row in positions), max(map(len, positions))
+        widths = pages_needed(self.config, longest, self.page_size)
+        rows = [row + [-1] * (width - len(row)) for row in positions]
+        device = self.pool.device
+        rows = torch.tensor(rows, dtype=torch.int32, device=device)
+        cut = {k: t.to(device) for k, t in block_tables(tables, widths).items()}
+        return Step(rows, cut, self.page_size)
+
+
+def block_tables(tables: list[dict[str, list[int]]], widths: dict[str, int]) -> dict[str, Tensor]:
+    """Kind of layer -> int32 [S, width]: tables cut, or filled up with page 0."""
+    return {
+        kind: torch.tensor([(t[kind] + [0] * width)[:width] for t in tables], dtype=torch.int32)
+        for kind, width in widths.items()
+    }
 
 
 def pages_needed(config: Config, length: int, page_size: int) -> dict[str, int]:
@@ -481,8 +520,9 @@ class GPTOSS:
         self.dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
         if self.dtype not in self.ops.dtypes:
             raise ValueError(f"dtype={self.dtype}, these ops compute in {self.ops.dtypes}")
-        self.activations = choose_activations(activations, checkpoint.experts[0], self.ops)
-        self.stop_tokens = frozenset(self.config.eos_token_id)
+        self.activations = choose_activations(activations, checkpoint, self.ops)
+        self.stop_tokens = checkpoint.stop_tokens
+        self.idle: dict[tuple[int, int], KVCache] = {}  # the last engine's cache, for the next one
         self.load(checkpoint)
 
     @classmethod
@@ -496,7 +536,8 @@ class GPTOSS:
         return cls(weights.load(path), device, dtype, ops, activations)
 
     def load(self, checkpoint: weights.Checkpoint) -> None:
-        """Moves the weights to the device, a layer at a time."""
+        """Moves the weights to the device, a layer at a time. A layer's experts leave the
+        checkpoint as they are packed: a card holds them once."""
         c, dense = self.config, checkpoint.dense
 
         def moved(name: str, dtype=self.dtype) -> Tensor:
@@ -506,7 +547,7 @@ class GPTOSS:
         self.norm = moved("norm", torch.float32)
         self.layers = []
         for n in weights.progress(range(c.num_hidden_layers), f"to {self.device}"):
-            kind, experts = c.layer_types[n], checkpoint.experts[n]
+            kind, experts, checkpoint.experts[n] = c.layer_types[n], checkpoint.experts[n], None
             tensors = {f.name: getattr(experts, f.name) for f in fields(Experts)}
             experts = Experts(
                 **{k: t.to(self.device) if isinstance(t, Tensor) else t for k, t in tensors.items()}
@@ -547,35 +588,56 @@ class GPTOSS:
     def logits(self, tokens: list[int]) -> Tensor:
         """Teacher-forced logits, float32 [T, V]; row t predicts token t + 1. Raises ValueError for
         a bad prompt."""
-        self.check_prompt(0, tokens, 0)
+        tokens = self.check_prompt(0, tokens, 0)
         pages = sum(pages_needed(self.config, len(tokens), PAGE_SIZE).values())
         cache = KVCache(self.config, pages, PAGE_SIZE, self.device, self.dtype)
-        hidden = torch.cat(list(self.prefill(cache, tokens, cache.allocate(len(tokens)))))
+        tables = cache.allocate(len(tokens), {})
+        hidden = torch.cat([h[0] for h in self.prefill(cache, [tokens], [tables], [0])])  # [T, H]
         return F.linear(hidden, self.unembedding).float()
 
     def prefill(
-        self, cache: KVCache, tokens: list[int], tables: dict[str, list[int]]
+        self, cache: KVCache, prompts: list[list[int]], tables: list[dict], cached: list[int]
     ) -> Iterator[Tensor]:
-        """Runs a prompt through the model in chunks; yields the hidden states [Q, H] of each."""
-        for start in range(0, len(tokens), PREFILL_TOKENS):
-            chunk = tokens[start : start + PREFILL_TOKENS]
-            step = cache.step([list(range(start, start + len(chunk)))], [tables])
-            yield self.forward(torch.tensor(chunk, device=self.device), step, cache.pool)
+        """Runs prompts, of which the first `cached` tokens are in the cache, through the model
+        together and in chunks; yields the hidden states [S, Q, H] of each chunk."""
+        S, longest = len(prompts), max(len(p) - n for p, n in zip(prompts, cached, strict=True))
+        Q = max(1, min(PREFILL_TOKENS // S, longest))
+        for start in range(0, longest, Q):
+            spans = [
+                range(n + start, min(n + start + Q, len(p)))
+                for p, n in zip(prompts, cached, strict=True)
+            ]
+            rows = [s for s, span in enumerate(spans) if span]  # the others are over
+            step = cache.step([list(spans[s]) for s in rows], [tables[s] for s in rows])
+            width = step.positions.shape[1]
+            tokens = torch.zeros(len(rows), width, dtype=torch.int64)  # [S, Q]
+            for row, s in enumerate(rows):
+                tokens[row, : len(spans[s])] = torch.tensor([prompts[s][p] for p in spans[s]])
+            tokens = tokens.flatten().to(self.device)  # [T]
+            hidden = self.forward(tokens, step, cache.pool).view(len(rows), width, -1)
+            whole = hidden.new_zeros(S, *hidden.shape[1:])
+            whole[rows] = hidden
+            yield whole
 
-    def check_prompt(self, index: int, prompt: list[int], max_new_tokens: int) -> None:
-        """Raises ValueError for a prompt that cannot run."""
-        if not prompt:
+    def check_prompt(self, index: int, prompt: list[int], max_new_tokens: int) -> list[int]:
+        """The prompt as a list of ints. Raises ValueError or TypeError if it cannot run."""
+        try:
+            tokens = [operator.index(token) for token in prompt]
+        except TypeError as error:
+            wrong = f"prompt {index} is no list of token numbers"
+            raise TypeError(f"{wrong} ({error}); encode text with the tokenizer") from error
+        if not tokens:
             raise ValueError(f"prompt {index} is empty; it needs at least one token")
-        if bad := [t for t in prompt if not 0 <= t < self.config.vocab_size]:
+        vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
+        if bad := [t for t in tokens if not 0 <= t < vocabulary]:
+            outside = f"outside the vocabulary of {vocabulary}"
+            raise ValueError(f"prompt {index} has token {bad[0]}, {outside}")
+        if len(tokens) + max_new_tokens > context:
             raise ValueError(
-                f"prompt {index} has token {bad[0]}, outside the vocabulary of "
-                f"{self.config.vocab_size}"
+                f"prompt {index} is too long: {len(tokens)} tokens and max_new_tokens="
+                f"{max_new_tokens} exceed the model's context of {context}"
             )
-        if len(prompt) + max_new_tokens > self.config.max_position_embeddings:
-            raise ValueError(
-                f"prompt {index} is too long: {len(prompt)} tokens and {max_new_tokens} new ones "
-                f"exceed the model's context of {self.config.max_position_embeddings}"
-            )
+        return tokens
 
     # -- generation --------------------------------------------------------------------------------
 
@@ -605,20 +667,16 @@ class GPTOSS:
     ) -> "Engine":
         """An engine with these prompts waiting in it.
 
-        temperature 0 is greedy. A prompt's tokens under a `seed` do not depend on its batch. A stop
-        token ends a prompt and is left out; stop_tokens None: the checkpoint's own. num_pages None:
-        as many as needed, within the memory of a GPU. Raises ValueError, before anything runs, for
-        an argument out of range and for a prompt that is empty, too long or can never have its
-        pages."""
-        if max_new_tokens < 0 or page_size < 1 or max_batch < 1:
-            raise ValueError(
-                f"{max_new_tokens=} must not be negative, {page_size=} and {max_batch=} must be "
-                "positive"
-            )
+        temperature 0 is greedy. A prompt's draws under a `seed` depend on nothing but the seed. A
+        stop token ends a prompt and is left out; stop_tokens None: the checkpoint's own. num_pages
+        None: as many as needed, within the memory there is. Raises ValueError or TypeError, before
+        anything runs, for an argument out of range and for a prompt that is empty, too long or can
+        never have its pages."""
+        check_whole(0, max_new_tokens=max_new_tokens)
+        check_whole(1, page_size=page_size, max_batch=max_batch)
         sampling = Sampling(temperature, top_k, top_p, seed)
         stop = self.stop_tokens if stop_tokens is None else frozenset(stop_tokens)
-        for index, prompt in enumerate(prompts):
-            self.check_prompt(index, prompt, max_new_tokens)
+        prompts = [self.check_prompt(i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
         if num_pages is None:
             lengths = [len(prompt) + max_new_tokens for prompt in prompts]
             needed = [sum(pages_needed(self.config, n, page_size).values()) for n in lengths]
@@ -629,27 +687,38 @@ class GPTOSS:
         return engine
 
     def pages_that_fit(self, page_size: int) -> int:
-        """Pages for 90% of a GPU's free memory; a CPU's is not measured."""
-        if self.device.type != "cuda":
+        """Pages for 90% of the free memory of a GPU or, where it can be told, of a CPU."""
+        if self.device.type == "cuda":
+            # Blocks that PyTorch keeps for reuse are free too, though the driver counts them taken.
+            free = torch.cuda.mem_get_info(self.device)[0]
+            free += torch.cuda.memory_reserved(self.device)
+            free -= torch.cuda.memory_allocated(self.device)
+        elif os.path.exists("/proc/meminfo"):
+            with open("/proc/meminfo") as file:
+                free = 1024 * int(file.read().partition("MemAvailable:")[2].split()[0])
+        else:
             return sys.maxsize
         one = KVCache(self.config, 0, page_size, "meta", self.dtype).pool
-        # Blocks that PyTorch keeps for reuse are free too, though the driver counts them as taken.
-        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        free = torch.cuda.mem_get_info(self.device)[0] + kept
         return int(0.9 * free) // (one.numel() * one.itemsize)
 
 
-def choose_activations(name: str, experts: Experts, ops: Ops) -> str:
+def check_whole(least: int, **values) -> None:
+    """Raises ValueError naming the argument that is not a whole number of at least `least`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r}, expected a whole number of at least {least}")
+
+
+def choose_activations(name: str, checkpoint: weights.Checkpoint, ops: Ops) -> str:
     """What the expert GEMMs see. "auto": what the checkpoint was made for, if `ops` multiply it,
-    else mxfp8. Raises ValueError for what they do not multiply."""
+    else mxfp8. ops.prepare raises ValueError for what they do not multiply."""
     if name != "auto":
         return name
-    published = "bf16" if experts.gate_up_input_scale is None else "fp8"
     try:
-        ops.prepare(experts, published)
+        ops.prepare(checkpoint.experts[0], checkpoint.activations)
     except ValueError:
         return "mxfp8"
-    return published
+    return checkpoint.activations
 
 
 # --------------------------------------------------------------------------------------------------
@@ -666,13 +735,20 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self):
-        temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
-        if temperature < 0:
-            raise ValueError(f"{temperature=} must not be negative")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"{top_k=} must be at least 1")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"{top_p=} must be in (0, 1]")
+        for name, value, allowed, expected in (
+            ("temperature", self.temperature, lambda t: 0 <= t < math.inf, "a finite number >= 0"),
+            ("top_p", self.top_p, lambda p: 0 < p <= 1, "a number in (0, 1]"),
+        ):
+            if value is not None and not (isinstance(value, (int, float)) and allowed(value)):
+                raise ValueError(f"{name}={value!r}, expected {expected}")
+        if self.top_k is not None:
+            check_whole(1, top_k=self.top_k)
+        if self.seed is not None and not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r}, expected a whole number")
+
+    def unseeded(self) -> "Sampling":
+        """What decides how a draw becomes a token."""
+        return replace(self, seed=None)
 
 
 @dataclass(eq=False)
@@ -683,13 +759,22 @@ class Sequence:
     tokens: list[int]  # prompt and generated; all but the newest are cached
     remaining: int  # tokens it may still generate
     random: random.Random
+    keep: bool  # whether its prompt stays cached
     tables: dict[str, list[int]] = field(default_factory=dict)  # block tables, by kind of layer
+
+
+class Prefix(NamedTuple):
+    """A prompt that stays cached, for a longer one that begins with it."""
+
+    tokens: list[int]
+    tables: dict[str, list[int]]
 
 
 class Engine:
     """Continuous batching: a prompt waits until one of `max_batch` places is free and the pool has
-    the pages for all it may become; prompts are prefilled as soon as they fit, one by one, and all
-    running sequences decode together."""
+    the pages for all it may become; prompts are prefilled together as soon as they fit, and all
+    running sequences decode together, in a graph where the operations can be captured. The last
+    prompt submitted with `keep` stays cached."""
 
     def __init__(
         self,
@@ -700,19 +785,31 @@ class Engine:
         sampling: Sampling,
         stop_tokens: frozenset[int],
     ):
+        check_whole(0, num_pages=num_pages)
+        if model.device.type == "meta":
+            raise ValueError("device='meta' holds no values, so nothing can be generated on it")
+        if num_pages > (fitting := model.pages_that_fit(page_size)):
+            raise ValueError(f"num_pages={num_pages} do not fit the free memory, {fitting} do")
         self.model, self.max_batch = model, max_batch
         self.sampling, self.stop_tokens = sampling, stop_tokens
-        self.cache = KVCache(model.config, num_pages, page_size, model.device, model.dtype)
+        self.key = num_pages, page_size
+        self.cache = model.idle.pop(self.key, None)
+        model.idle.clear()  # another pool's memory is free for this one
+        if self.cache is None:
+            self.cache = KVCache(model.config, *self.key, model.device, model.dtype)
+        self.cache.peak = 0
+        self.flying: tuple[DecodeGraph, list[Sequence]] | None = None  # the step on its way
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.running: list[Sequence] = []
+        self.prefix: Prefix | None = None
         self.submitted = 0
 
-    def submit(self, tokens: list[int], max_new_tokens: int) -> None:
-        """Queues a prompt. Raises ValueError if it can never run."""
+    def submit(self, prompt: list[int], max_new_tokens: int, keep: bool = False) -> None:
+        """Queues a prompt, whose tokens stay cached after it if `keep`. Raises ValueError if it can
+        never run."""
         index, cache = self.submitted, self.cache
-        self.model.check_prompt(index, tokens, max_new_tokens)
-        length = len(tokens) + max_new_tokens
-        pages = sum(pages_needed(self.model.config, length, cache.page_size).values())
+        tokens = self.model.check_prompt(index, prompt, max_new_tokens)
+        pages = self.pages_of(len(tokens) + max_new_tokens, keep)
         if pages > cache.num_pages:
             raise ValueError(
                 f"prompt {index} needs {pages} pages of {cache.page_size} tokens for {len(tokens)} "
@@ -721,36 +818,78 @@ class Engine:
             )
         self.submitted += 1
         if max_new_tokens:
-            seed = self.sampling.seed
-            draws = random.Random(None if seed is None else f"{seed}/{index}")
-            self.waiting.append(Sequence(index, list(tokens), max_new_tokens, draws))
+            draws = random.Random(self.sampling.seed)
+            self.waiting.append(Sequence(index, tokens, max_new_tokens, draws, keep))
+
+    def pages_of(self, length: int, keep: bool) -> int:
+        """Pages of a sequence that may grow to `length` tokens. The rings of a prompt that stays
+        are copied before the answer overwrites them."""
+        needed = pages_needed(self.model.config, length, self.cache.page_size)
+        return sum(needed.values()) + keep * needed.get("sliding_attention", 0)
 
     def tokens(self) -> Iterator[tuple[int, int]]:
         """(index of the prompt, its next token), until no prompt is left."""
         while self.waiting or self.running:
             yield from self.step()
+        if not self.prefix:
+            self.model.idle = {self.key: self.cache}
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
-        """One forward pass of the first waiting prompt, if it fits, else of all running sequences.
+        """One forward pass of the waiting prompts that fit, else of all running sequences.
         -> (index, token) of every sequence that got a token, stop tokens left out."""
-        if self.waiting and self.admits(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            return self.emit([sequence], self.prefill(sequence))
+        admitted, cached = [], []
+        while self.waiting and self.admits(self.waiting[0]):
+            admitted.append(self.waiting.popleft())
+            cached.append(self.allocate(admitted[-1]))
+            self.running.append(admitted[-1])
+        if admitted:
+            return self.emit(admitted, self.prefill(admitted, cached))
+        if self.model.ops.capturable and self.model.device.type == "cuda":
+            return self.replay()
         return self.emit(list(self.running), self.decode())
 
     def admits(self, sequence: Sequence) -> bool:
-        length = len(sequence.tokens) + sequence.remaining
-        pages = pages_needed(self.model.config, length, self.cache.page_size)
-        return len(self.running) < self.max_batch and sum(pages.values()) <= len(self.cache.free)
+        pages = self.pages_of(len(sequence.tokens) + sequence.remaining, sequence.keep)
+        held = sum(map(len, self.prefix.tables.values())) if self.prefix else 0
+        return len(self.running) < self.max_batch and pages <= len(self.cache.free) + held
 
-    def prefill(self, sequence: Sequence) -> Tensor:
-        """Caches a prompt. -> the hidden state of its last token, [1, H]."""
-        sequence.tables = self.cache.allocate(len(sequence.tokens) + sequence.remaining)
-        for hidden in self.model.prefill(self.cache, sequence.tokens, sequence.tables):
-            last = hidden[-1:]
-        return last
+    def allocate(self, sequence: Sequence) -> int:
+        """Gives a prompt its pages, those of the prefix if it begins with it. -> how many of its
+        tokens are cached."""
+        tokens, cached, tables = sequence.tokens, 0, {}
+        if self.prefix:
+            begins = tokens[: len(self.prefix.tokens)] == self.prefix.tokens
+            if begins and len(tokens) > len(self.prefix.tokens):
+                cached, tables = len(self.prefix.tokens), self.prefix.tables
+            else:
+                self.cache.release(self.prefix.tables)
+            self.prefix = None
+        sequence.tables = self.cache.allocate(len(tokens) + sequence.remaining, tables)
+        return cached
+
+    def prefill(self, sequences: list[Sequence], cached: list[int]) -> Tensor:
+        """Caches prompts. -> the hidden states of their last tokens, [S, H]."""
+        prompts, tables = [s.tokens for s in sequences], [s.tables for s in sequences]
+        left = [len(p) - n for p, n in zip(prompts, cached, strict=True)]
+        last: list[Tensor | None] = [None] * len(sequences)
+        for hidden in self.model.prefill(self.cache, prompts, tables, cached):
+            for s, n in enumerate(left):
+                if 0 < n <= hidden.shape[1]:
+                    last[s] = hidden[s, n - 1].clone()
+                left[s] -= hidden.shape[1]
+        for sequence in sequences:
+            if sequence.keep:
+                self.prefix = Prefix(list(sequence.tokens), sequence.tables)
+                sequence.tables = self.cache.fork(sequence.tables)
+        return torch.stack(last)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Takes a sequence out of `running` and frees its pages, but for those of the prefix."""
+        self.running.remove(sequence)
+        kept = self.prefix.tables if sequence.keep else {}
+        own = {kind: t for kind, t in sequence.tables.items() if t is not kept.get(kind)}
+        self.cache.release(own)
 
     def decode(self) -> Tensor:
         """Caches the newest token of every running sequence. -> their hidden states, [S, H]."""
@@ -759,42 +898,163 @@ class Engine:
         tokens = torch.tensor([s.tokens[-1] for s in self.running], device=self.model.device)
         return self.model.forward(tokens, step, self.cache.pool)
 
+    def replay(self) -> list[tuple[int, int]]:
+        """A decode step as a graph. While its tokens come to the host the next step runs already,
+        unless a sequence is known to leave or join before it. One that meets a stop token runs one
+        step too many, whose token is dropped."""
+        if self.flying is None:
+            members = list(self.running)
+            graph = DecodeGraph.of(self, members)
+            graph.load(members)
+            graph.launch(members)
+            self.flying = graph, members
+        graph, members = self.flying
+        tokens = graph.landed()
+        steady = members == self.running and all(s.remaining > 1 for s in members)
+        if steady and not (self.waiting and self.admits(self.waiting[0])):
+            graph.launch(members)
+        else:
+            self.flying = None
+        tokens = [token for token, s in zip(tokens(), members, strict=False) if s in self.running]
+        return self.accept([s for s in members if s in self.running], tokens)
+
     def emit(self, sequences: list[Sequence], hidden: Tensor) -> list[tuple[int, int]]:
-        """Samples a token for each sequence from its hidden state [S, H]; those that are done leave
-        `running` and their pages."""
+        """Samples a token for each sequence from its hidden state [S, H]."""
         logits = F.linear(hidden, self.model.unembedding).float()  # [S, V]
         draws = [sequence.random.random() for sequence in sequences]
-        tokens, emitted = sample(logits, draws, self.sampling).tolist(), []
+        draws = torch.tensor(draws, dtype=torch.float64, device=logits.device)
+        return self.accept(sequences, sample(logits, draws, self.sampling).tolist())
+
+    def accept(self, sequences: list[Sequence], tokens: list[int]) -> list[tuple[int, int]]:
+        """Appends a token to each sequence; those that are done leave `running` and their pages."""
+        emitted = []
         for sequence, token in zip(sequences, tokens, strict=True):
+            if token < 0:
+                where = f"prompt {sequence.index}, token {len(sequence.tokens)}"
+                raise ValueError(f"{where}: the logits are NaN; the checkpoint holds NaN")
             sequence.tokens.append(token)
             sequence.remaining -= 1
             if token in self.stop_tokens or not sequence.remaining:
-                self.running.remove(sequence)
-                self.cache.release(sequence.tables)
+                self.finish(sequence)
             if token not in self.stop_tokens:
                 emitted.append((sequence.index, token))
         return emitted
 
 
-def sample(logits: Tensor, draws: list[float], sampling: Sampling) -> Tensor:
-    """One token per row. logits [S, V] float32, draws: S uniform in [0, 1). Temperature 0: the
-    largest logit. Else inverse transform sampling from softmax(logits / temperature), cut to the
-    top_k likeliest, renormalised, then cut to the likeliest whose sum reaches top_p."""
+class DecodeGraph:
+    """A decode step of up to `size` sequences as one graph: forward pass, unembedding, sampling,
+    and the next step's tokens and positions, all on the device. CUDA and HIP."""
+
+    def __init__(self, engine: Engine, size: int, widths: dict[str, int]):
+        self.model, self.sampling, self.widths = engine.model, engine.sampling, widths
+        self.pool, device = engine.cache.pool, engine.model.device
+        self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        self.draws = torch.zeros(size, dtype=torch.float64, device=device)
+        empty = functools.partial(torch.zeros, dtype=torch.int32, device=device)
+        tables = {kind: empty(size, width) for kind, width in widths.items()}
+        positions = torch.full((size, 1), -1, dtype=torch.int32, device=device)
+        self.step = Step(positions, tables, engine.cache.page_size)
+        # Pinned pairs: while one is in use on the device, the host has the other.
+        self.pinned = [
+            (torch.zeros(size, dtype=torch.int64).pin_memory(), torch.cuda.Event(),
+             torch.zeros(size, dtype=torch.float64).pin_memory())
+            for _ in range(2)
+        ]  # fmt: skip
+        self.launched = 0
+        side = torch.cuda.Stream()  # compiles and warms up outside the capture
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.run()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.run()
+
+    @staticmethod
+    def of(engine: Engine, sequences: list[Sequence]) -> "DecodeGraph":
+        """The engine's graph for these sequences, captured at first use. Batches of more than 16
+        are filled up by padding, full tables to a power of two."""
+        size = len(sequences)
+        size = size if size <= 16 else -(-size // 16) * 16
+        longest = max(len(table) for s in sequences for table in s.tables.values())
+        page_size = engine.cache.page_size
+        length = (1 << (longest - 1).bit_length()) * page_size
+        most = engine.model.config.sliding_window + length  # a whole ring, whatever the length
+        widths = pages_needed(engine.model.config, length, page_size)
+        rings = pages_needed(engine.model.config, most, page_size)
+        widths |= {k: w for k, w in rings.items() if k == "sliding_attention"}
+        key = size, *widths.values(), engine.sampling.unseeded()
+        graphs = engine.cache.graphs
+        if key not in graphs:
+            graphs[key] = DecodeGraph(engine, size, widths)
+        return graphs[key]
+
+    def run(self) -> None:
+        hidden = self.model.forward(self.tokens, self.step, self.pool)
+        logits = F.linear(hidden, self.model.unembedding).float()  # [S, V]
+        tokens = sample(logits, self.draws, self.sampling)
+        self.tokens.copy_(tokens.clamp(min=0))
+        self.sampled = tokens
+        self.step.positions.add_((self.step.positions >= 0).int())
+
+    def load(self, sequences: list[Sequence]) -> None:
+        """Puts the sequences in; padding repeats the first one's token and caches nothing."""
+        S, empty = len(self.tokens), {kind: [] for kind in self.widths}
+        rows = sequences + [None] * (S - len(sequences))
+        tokens = [(s or sequences[0]).tokens[-1] for s in rows]
+        positions = [[len(s.tokens) - 1 if s else -1] for s in rows]
+        tables = block_tables([s.tables if s else empty for s in rows], self.widths)
+        self.tokens.copy_(torch.tensor(tokens))
+        self.step.positions.copy_(torch.tensor(positions))
+        for kind, table in tables.items():
+            self.step.tables[kind].copy_(table)
+
+    def launch(self, sequences: list[Sequence]) -> None:
+        """One step; its tokens are on their way to the host."""
+        tokens, event, draws = self.pinned[self.launched % 2]
+        if self.sampling.temperature:
+            for row, sequence in enumerate(sequences):
+                draws[row] = sequence.random.random()
+            self.draws.copy_(draws, non_blocking=True)
+        self.graph.replay()
+        tokens.copy_(self.sampled, non_blocking=True)
+        event.record()
+        self.launched += 1
+
+    def landed(self) -> Callable[[], list[int]]:
+        """What gives the tokens of the step launched last, once they are here."""
+        tokens, event, _ = self.pinned[(self.launched - 1) % 2]
+
+        def read() -> list[int]:
+            event.synchronize()
+            return tokens.tolist()
+
+        return read
+
+
+def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
+    """One token per row, -1 for a row that holds NaN. logits [S, V] float32, draws [S] float64,
+    uniform in [0, 1). Temperature 0: the largest logit. Else inverse transform sampling from
+    softmax(logits / temperature), cut to the top_k likeliest, renormalised, then cut to the
+    likeliest whose sum reaches top_p. Nothing waits for the device."""
+    largest, token = logits.max(-1, keepdim=True)  # NaN if there is one
+    bad = largest.isnan()[:, 0]
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    share = (logits / sampling.temperature).softmax(-1)
+        return token[:, 0].masked_fill(bad, -1)
+    # Differences in float64, so that a temperature near 0 is greedy and does not overflow.
+    share = ((logits.double() - largest) / sampling.temperature).softmax(-1).float()
     share, token = share.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         share[:, sampling.top_k :] = 0
     if sampling.top_p is not None:
-        share /= share.sum(-1, keepdim=True)
-        share[share.cumsum(-1) - share >= sampling.top_p] = 0
+        share = share / share.sum(-1, keepdim=True)
+        share = share.masked_fill(share.cumsum(-1) - share >= sampling.top_p, 0)
     total = share.double().cumsum(-1)
-    draw = torch.tensor(draws, device=total.device, dtype=total.dtype)[:, None]
-    rank = (total <= draw * total[:, -1:]).sum(-1)
+    rank = (total <= draws[:, None] * total[:, -1:]).sum(-1)
     # The product may have rounded up to the whole.
-    rank = rank.minimum((share > 0).sum(-1) - 1)
-    return token.gather(1, rank[:, None])[:, 0]
+    rank = rank.minimum((share > 0).sum(-1) - 1).clamp(min=0)
+    return token.gather(1, rank[:, None])[:, 0].masked_fill(bad, -1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -805,19 +1065,33 @@ SYSTEM = (
     "Current date: {date}\n\nReasoning: {effort}\n\n"
     "# Valid channels: analysis, commentary, final. Channel must be included for every message."
 )
+EFFORTS = ("low", "medium", "high")
 
 
 def chat_tokens(
-    tokenizer: tiktoken.Encoding, turns: list[tuple[str, str]], date: str, effort: str
+    tokenizer: tiktoken.Encoding,
+    turns: list[tuple[str, str]],
+    date: str,
+    effort: str,
+    instructions: str | None = None,
 ) -> list[int]:
-    """A conversation as the tokens a Harmony model continues. turns: ("user" | "assistant", text) in order, an
-    assistant's text being its final channel; date: YYYY-MM-DD; effort: low, medium or high. Text cannot smuggle in
-    special tokens. Raises KeyError where the tokenizer has no Harmony tokens."""
+    """A conversation as the tokens a Harmony model continues. turns: ("user" | "assistant", text)
+    in order, an assistant's text being its final channel; date: YYYY-MM-DD; effort: low, medium or
+    high; instructions: the developer message. Text cannot smuggle in special tokens. Raises
+    ValueError for another role or effort, KeyError where the tokenizer has no Harmony tokens."""
+    if effort not in EFFORTS:
+        raise ValueError(f"effort={effort!r}, expected one of {', '.join(EFFORTS)}")
+    for role, _ in turns:
+        if role not in ("user", "assistant"):
+            raise ValueError(f"role {role!r}, expected user or assistant; use instructions=")
     start, channel, message, end = map(
         tokenizer.encode_single_token, ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
     )
+    messages = [("system", SYSTEM.format(date=date, effort=effort))]
+    if instructions is not None:
+        messages.append(("developer", f"# Instructions\n\n{instructions}"))
     tokens = []
-    for role, text in [("system", SYSTEM.format(date=date, effort=effort)), *turns]:
+    for role, text in [*messages, *turns]:
         tokens += [start, *tokenizer.encode_ordinary(role)]
         if role == "assistant":
             tokens += [channel, *tokenizer.encode_ordinary("final")]
@@ -825,157 +1099,259 @@ def chat_tokens(
     return tokens + [start, *tokenizer.encode_ordinary("assistant")]
 
 
+@dataclass(frozen=True)
+class Message:
+    """One message of a completion."""
+
+    channel: str | None  # "analysis", "commentary", "final", or what the model wrote; None: nothing
+    recipient: str | None  # of a tool call, such as "functions.f"
+    content_type: str | None  # such as "<|constrain|>json"
+    text: str
+
+
+def parse_completion(tokenizer: tiktoken.Encoding, tokens: list[int]) -> list[Message]:
+    """The messages of a completion, with or without its stop token. Whatever the model wrote is in
+    one of them: where a header is not well-formed, what is left of it begins the text."""
+    reader = Reader(tokenizer)
+    for token in tokens:
+        reader.read(token)
+    reader.close()
+    return reader.messages
+
+
+def parse_header(header: str, role: bool, complete: bool) -> Message:
+    """The message that follows a header, without its text, but for words of the header that belong
+    nowhere else. role: the header begins with one, after <|start|>. complete: <|message|> followed;
+    else the model left the marker out and what is not the channel is its text."""
+    if role:
+        header = re.sub(r"^\s*assistant\b", "", header)
+    words, mark, rest = header.partition("<|channel|>")
+    channel = re.match(r"[^\s<]*", rest).group()
+    words += rest[len(channel) :]
+    if not complete:
+        return Message(channel or None, None, None, words.strip())
+    parts = re.sub(r"<\|constrain\|>\s*", " <|constrain|>", words).split()
+    types = [part for part in parts if part.startswith("<|constrain|>")]
+    parts = [part for part in parts if part not in types]
+    if len(parts) > 1 and not types and not parts[-1].startswith("to="):
+        types = [parts.pop()]  # a type without <|constrain|> comes after a recipient
+    recipient = parts.pop().removeprefix("to=") if parts else None
+    left = "".join(f"{part} " for part in [*parts, *types[1:]])
+    return Message(channel or None, recipient, types[0] if types else None, left)
+
+
 class Reader:
-    """Turns generated tokens into text as they come, and tells a chat model's channels apart."""
+    """Tells the messages of a completion apart while its tokens come. It begins inside a header,
+    since a prompt ends with <|start|>assistant. With chat=False all is the text of one message."""
 
-    def __init__(self, tokenizer: tiktoken.Encoding, chat: bool):
-        self.tokenizer = tokenizer
-        self.name_of = {
-            tokenizer.encode_single_token(name): name for name in tokenizer.special_tokens_set
-        }
-        self.chat, self.channel, self.header = chat, None if chat else "final", None
-        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    def __init__(self, tokenizer: tiktoken.Encoding, chat: bool = True):
+        self.tokenizer, self.messages = tokenizer, []  # those that are complete
+        names = tokenizer.special_tokens_set if chat else ()
+        self.name_of = {tokenizer.encode_single_token(name): name for name in names}
+        self.header, self.role = b"", False  # what came of a header, whether it begins with a role
+        self.message = None if chat else Message(None, None, None, "")  # whose text is coming
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.text = ""
 
-    def read(self, token: int) -> tuple[str | None, str]:
-        """The channel the token belongs to, None between messages, and the text it completes."""
+    def read(self, token: int) -> tuple[Message, str] | None:
+        """The message whose text the token continues, as its header says, and the piece of text;
+        None if the token gives no text."""
+        name = self.name_of.get(token)
+        if self.message is None:
+            if name == "<|message|>":
+                header = self.header.decode(errors="replace")
+                self.message = parse_header(header, self.role, complete=True)
+                return self.give(self.message.text)
+            if name in ("<|start|>", "<|end|>", *weights.ENDS):
+                piece = self.close()
+                self.role = name == "<|start|>"
+                return piece
+            self.header += self.bytes_of(token)
+            return None
+        if name in ("<|end|>", "<|return|>", "<|call|>"):
+            return self.close()
+        return self.give(self.decoder.decode(self.bytes_of(token)))
+
+    def close(self) -> tuple[Message, str] | None:
+        """Ends the message: read()'s last piece."""
+        if self.message is None:
+            header = self.header.decode(errors="replace")
+            message = parse_header(header, self.role, complete=False)
+            if message.channel is None and not message.text:
+                self.header, self.role = b"", False
+                return None
+            self.message, piece = message, message.text
+        else:
+            piece = self.decoder.decode(b"", final=True)
+        given = self.give(piece)
+        self.messages.append(replace(self.message, text=self.text))
+        self.header, self.role, self.message, self.text = b"", False, None, ""
+        return given
+
+    def give(self, piece: str) -> tuple[Message, str] | None:
+        self.text += piece
+        return (self.message, piece) if piece else None
+
+    def bytes_of(self, token: int) -> bytes:
         try:
-            piece = self.tokenizer.decode_single_token_bytes(token)
+            return self.tokenizer.decode_single_token_bytes(token)
         except KeyError:  # the vocabulary is padded beyond the tokenizer's
-            piece = "\N{REPLACEMENT CHARACTER}".encode()
-        name = self.name_of.get(token) if self.chat else None
-        if name == "<|channel|>":
-            self.channel, self.header = None, b""
-        elif name == "<|message|>":  # "analysis", or "commentary to=tool"
-            self.channel, self.header = (
-                (self.header or b"final").decode(errors="replace").split()[0],
-                None,
-            )
-        elif name in ("<|end|>", "<|start|>"):
-            ended, self.channel = self.channel, None
-            return ended, "\n" if ended else ""
-        elif self.header is not None:
-            self.header += piece
-        elif self.channel and name is None:
-            return self.channel, self.decode(piece)
-        return None, ""
+            return "\N{REPLACEMENT CHARACTER}".encode()
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 
 
+def whole(least: int) -> Callable[[str], int]:
+    """An argument's type: a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def number(expected: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is no {expected}")
+        return value
+
+    return parse
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Generate text with a GPT-OSS model.", allow_abbrev=False
+        prog="gptoss", description="Generate text with a GPT-OSS model.", allow_abbrev=False
     )
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        default=TINY,
-        metavar="DIR",
-        help="checkpoint folder (default: the small model in tiny/)",
-    )
-    add(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="may repeat: one batch; - reads standard input",
-    )
+    add, positive = parser.add_argument, whole(1)
+    where = "checkpoint folder (default: the small model in tiny/)"
+    add("--checkpoint", default=TINY, metavar="DIR", help=where)
+    what = "may repeat: one batch; - reads standard input"
+    add("--prompt", action="append", default=[], metavar="TEXT", help=what)
     add("--chat", action="store_true", help="talk to the model in a terminal")
-    add(
-        "--raw", action="store_true", help="continue the text as it stands, without the chat format"
-    )
-    add(
-        "--show-reasoning",
-        action="store_true",
-        help="print every channel of a chat answer, not the final one only",
-    )
-    add(
-        "--effort",
-        default="medium",
-        choices=("low", "medium", "high"),
-        help="how long a chat model reasons",
-    )
-    add("--max-new-tokens", type=int, default=512, metavar="N")
-    add("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    add("--top-k", type=int, metavar="K")
-    add("--top-p", type=float, metavar="P")
+    add("--raw", action="store_true", help="continue the text as it stands, not as a chat")
+    add("--instructions", metavar="TEXT", help="the developer message of a chat")
+    what = "print every channel of a chat answer, not the final one only"
+    add("--show-reasoning", action="store_true", help=what)
+    add("--effort", default="medium", choices=EFFORTS, help="how long a chat model reasons")
+    add("--max-new-tokens", type=positive, default=512, metavar="N")
+    temperature = number("finite number >= 0", lambda t: 0 <= t < math.inf)
+    add("--temperature", type=temperature, default=0.0, help="0 (the default) is greedy")
+    add("--top-k", type=positive, metavar="K", help="draw from the K likeliest tokens")
+    top_p = number("number in (0, 1]", lambda p: 0 < p <= 1)
+    add("--top-p", type=top_p, metavar="P", help="draw from the likeliest whose sum reaches P")
     add("--seed", type=int, metavar="N", help="same seed, same tokens")
     add("--device", help="default: cuda where there is one, else cpu")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="default: float32 on a CPU, bfloat16 elsewhere",
-    )
+    what = "default: float32 on a CPU, bfloat16 elsewhere"
+    add("--dtype", choices=("float32", "bfloat16"), help=what)
     add("--ops", default="auto", choices=OPS, help="what computes a layer")
-    add(
-        "--emulate",
-        action="store_true",
-        help="run the MoE layers' gfx950 kernels, emulated on the CPU: slow, exact",
-    )
-    add(
-        "--activations",
-        default="auto",
-        choices=("auto", *ACTIVATIONS),
-        help="what the expert GEMMs see",
-    )
-    add("--page-size", type=int, default=PAGE_SIZE, metavar="TOKENS")
-    add(
-        "--num-pages",
-        type=int,
-        metavar="N",
-        help="KV pages in the pool (default: as many as needed)",
-    )
-    add(
-        "--max-batch",
-        type=int,
-        default=MAX_BATCH,
-        metavar="N",
-        help="sequences that decode together",
-    )
+    what = "run the MoE layers' gfx950 kernels, emulated on the CPU: slow, exact"
+    add("--emulate", action="store_true", help=what)
+    what = "what the expert GEMMs see"
+    add("--activations", default="auto", choices=("auto", *ACTIVATIONS), help=what)
+    add("--page-size", type=positive, default=PAGE_SIZE, metavar="TOKENS")
+    add("--num-pages", type=positive, metavar="N", help="KV pages (default: as many as needed)")
+    what = "sequences that decode together"
+    add("--max-batch", type=positive, default=MAX_BATCH, metavar="N", help=what)
     return parser
 
 
-def answer(
-    model: GPTOSS, tokenizer: tiktoken.Encoding, prompts: list[list[int]], args, chat: bool
-) -> list[str]:
-    """Generates for the prompts; prints the text on stdout, a single prompt's as it comes and
-    several in order at the end, and the statistics on stderr. Returns the final channel of each."""
-    ends = tokenizer.special_tokens_set & {"<|return|>", "<|call|>", "<|endoftext|>"}
-    stop = model.stop_tokens.union(map(tokenizer.encode_single_token, ends))
-    engine = model.engine(
-        prompts,
-        args.max_new_tokens,
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        args.seed,
-        stop,
-        args.num_pages,
-        args.page_size,
-        args.max_batch,
-    )
-    readers = [Reader(tokenizer, chat) for _ in prompts]
-    shown, final, times = [""] * len(prompts), [""] * len(prompts), [[] for _ in prompts]
-    start = time.perf_counter()
-    for index, token in engine.tokens():
-        times[index].append(time.perf_counter())
-        channel, text = readers[index].read(token)
-        final[index] += text if channel == "final" else ""
-        if channel == "final" or channel and args.show_reasoning:
-            shown[index] += text
-            if len(prompts) == 1:
-                print(text, end="", flush=True)
-    print("" if len(prompts) == 1 and shown[0] else "\n".join(shown))
-    for index, text in enumerate(final):
-        if chat and not text:
-            print(
-                f"prompt {index}: no final channel within {len(times[index])} tokens; raise "
-                "--max-new-tokens, or see --show-reasoning",
-                file=sys.stderr,
-            )
-    report(engine, times, start)
-    return final
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the process, exit 2, for flags that contradict each other."""
+    elsewhere = args.emulate and args.device not in (None, "cpu")
+    for wrong, message in (
+        (args.chat and args.prompt, "--chat asks for the prompts itself: leave out --prompt"),
+        (not args.chat and not args.prompt, "give --prompt TEXT (- is standard input) or --chat"),
+        (args.prompt.count("-") > 1, "--prompt - can read standard input only once"),
+        (args.chat and args.raw, "--chat needs the chat format: leave out --raw"),
+        (args.raw and args.instructions, "--instructions belong to a chat: leave out --raw"),
+        (elsewhere, "--emulate runs on the cpu: leave out --device"),
+        (args.emulate and args.ops == "torch", "--emulate runs the gluon kernels: leave out --ops"),
+    ):
+        if wrong:
+            parser.error(message)
+    for flag in ("top_k", "top_p", "seed"):
+        if args.temperature == 0 and getattr(args, flag) is not None:
+            say(f"--{flag.replace('_', '-')} has no effect without --temperature")
+
+
+def say(message: str) -> None:
+    print(f"gptoss: {message}", file=sys.stderr)
+
+
+def read_stdin() -> str:
+    """All of standard input, without its last newline: `echo` and editors add one that nobody
+    means. Raises ValueError where there is none or it is not UTF-8."""
+    if sys.stdin is None:
+        raise ValueError("--prompt -: standard input is closed")
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt -: standard input is not UTF-8: {error}") from error
+
+
+class Answer:
+    """The answer to a prompt, as text that grows. Shown is what is meant for the user: the final
+    channel, or what has none or goes to a tool in its place; or, if asked for, everything, each
+    message with its channel."""
+
+    def __init__(self, tokenizer: tiktoken.Encoding, chat: bool, everything: bool):
+        self.reader, self.everything = Reader(tokenizer, chat), everything
+        self.text, self.message = "", None  # and the message that it shows last
+        self.times: list[float] = []  # when each token came
+
+    def add(self, given: tuple[Message, str] | None) -> None:
+        """Takes what the reader gave for a token."""
+        message, piece = given or (None, "")
+        if message is None:
+            return
+        for_user = message.channel in ("final", None) or message.recipient is not None
+        if for_user or self.everything:
+            if message is not self.message:
+                label = " to ".join(filter(None, (message.channel, message.recipient)))
+                labelled = label and (self.everything or label != "final")
+                self.text += "\n" * bool(self.text) + f"{label}: " * bool(labelled)
+            self.text, self.message = self.text + piece, message
+
+    def final(self) -> str:
+        """What the next turn of the conversation remembers of it."""
+        return "".join(m.text for m in self.reader.messages if m.channel in ("final", None))
+
+
+def answer(engine: Engine, answers: dict[int, Answer]) -> None:
+    """Generates for the prompts in the engine; prints on stdout, the first unfinished answer as it
+    comes and those behind it in their turn, and the statistics on stderr. answers: by index of the
+    prompt."""
+    start, waiting, printed = time.perf_counter(), list(answers), ""
+    try:
+        while engine.waiting or engine.running:
+            for index, token in engine.step():
+                answers[index].times.append(time.perf_counter())
+                answers[index].add(answers[index].reader.read(token))
+            unfinished = {sequence.index for sequence in (*engine.waiting, *engine.running)}
+            for index in set(answers) - unfinished:
+                answers[index].add(answers[index].reader.close())
+            while waiting:
+                label = f"[{waiting[0]}] " if len(answers) > 1 else ""
+                text = label + answers[waiting[0]].text
+                print(text[len(printed) :], end="", flush=True)
+                printed = text
+                if waiting[0] in unfinished:
+                    break
+                print(flush=True)
+                waiting, printed = waiting[1:], ""
+    finally:
+        if printed:
+            print(flush=True)
+        report(engine, [a.times for a in answers.values()], start)
 
 
 def report(engine: Engine, times: list[list[float]], start: float) -> None:
@@ -1008,19 +1384,89 @@ def peak_memory(pool: Tensor) -> str:
     return f" | peak memory {peak / 2**30:.2f} GiB"
 
 
+def answer_prompts(model: GPTOSS, tokenizer: tiktoken.Encoding, chat: bool, args) -> None:
+    """The answers to all --prompt, as one batch."""
+    texts = [read_stdin() if text == "-" else text for text in args.prompt]
+    if empty := [index for index, text in enumerate(texts) if not text.strip()]:
+        raise ValueError(f"prompt {empty[0]} is empty")
+    today = str(datetime.date.today())
+    prompts = [
+        chat_tokens(tokenizer, [("user", text)], today, args.effort, args.instructions)
+        if chat
+        else tokenizer.encode_ordinary(text)
+        for text in texts
+    ]
+    sampling = args.temperature, args.top_k, args.top_p, args.seed
+    pool = args.num_pages, args.page_size, args.max_batch
+    engine = model.engine(prompts, args.max_new_tokens, *sampling, None, *pool)
+    answers = {i: Answer(tokenizer, chat, args.show_reasoning) for i in range(len(prompts))}
+    answer(engine, answers)
+    for index, a in answers.items():
+        if a.text or not chat:
+            continue
+        if len(a.times) == args.max_new_tokens:
+            cause = f"no final channel within {len(a.times)} tokens; raise --max-new-tokens"
+        else:
+            cause = "it ended without a final channel"
+        say(f"prompt {index}: {cause}, or see --show-reasoning")
+
+
 def converse(model: GPTOSS, tokenizer: tiktoken.Encoding, args) -> None:
-    """The interactive chat, until end of file."""
-    turns: list[tuple[str, str]] = []
-    print("Ctrl-D ends the chat.", file=sys.stderr)
+    """The interactive chat, until end of file. What was said stays cached, so that a turn prefills
+    only what is new."""
+    if sys.stdin is None:
+        raise ValueError("--chat: standard input is closed")
+    today, turns, engine = str(datetime.date.today()), [], None
+    say("Ctrl-C ends an answer, Ctrl-D the chat")
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--chat: standard input is not UTF-8: {error}") from error
         if not line:
             return
-        if line.strip():
-            turns.append(("user", line.strip()))
-            tokens = chat_tokens(tokenizer, turns, str(datetime.date.today()), args.effort)
-            turns.append(("assistant", answer(model, tokenizer, [tokens], args, chat=True)[0]))
+        if not line.strip():
+            continue
+        turns.append(("user", line.strip()))
+        engine = engine or chat_engine(model, args)
+        if not submit_turns(engine, tokenizer, turns, today, args):
+            continue
+        reply = Answer(tokenizer, True, args.show_reasoning)
+        try:
+            answer(engine, {engine.submitted - 1: reply})
+        except KeyboardInterrupt:  # the engine stopped in the middle of a step
+            reply.reader.close()
+            engine = None
+        turns.append(("assistant", reply.final()))
+
+
+def chat_engine(model: GPTOSS, args) -> Engine:
+    """An engine for one sequence at a time, as long as the model and the memory allow."""
+    c, num_pages = model.config, args.num_pages
+    if num_pages is None:
+        needed = pages_needed(c, c.max_position_embeddings, args.page_size)
+        most = sum(needed.values()) + needed.get("sliding_attention", 0)
+        num_pages = min(most, model.pages_that_fit(args.page_size))
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    return Engine(model, num_pages, args.page_size, 1, sampling, model.stop_tokens)
+
+
+def submit_turns(engine: Engine, tokenizer, turns: list[tuple[str, str]], today: str, args) -> bool:
+    """Queues the conversation, without its oldest turns if it is too long. False if the last turn
+    alone is."""
+    while True:
+        tokens = chat_tokens(tokenizer, turns, today, args.effort, args.instructions)
+        try:
+            engine.submit(tokens, args.max_new_tokens, keep=True)
+            return True
+        except ValueError as error:
+            if len(turns) == 1:
+                say(as_typed(error))
+                turns.clear()
+                return False
+        del turns[:2]
+        say("the conversation became too long: its oldest question and answer are forgotten")
 
 
 @contextlib.contextmanager
@@ -1040,59 +1486,82 @@ def emulated_gpu():
                 launch.counters.wave_instructions for launch in gpu.launches if launch.counters
             )
             seconds = sum(launch.seconds for launch in gpu.launches)
+            launched = ", ".join(f"{n} {name}" for name, n in counts.items())
             print(
                 f"emulated gfx950: {executed:,} wave-instructions in {seconds:.0f} s; launches: "
-                + ", ".join(f"{n} {name}" for name, n in counts.items()),
+                f"{launched}",
                 file=sys.stderr,
             )
 
 
+def as_typed(error: Exception) -> str:
+    """An error's first line, with arguments named as on the command line."""
+    line = str(error).partition("\n")[0]
+    for action in arguments()._actions:
+        flag = action.option_strings[0]
+        if "_" in action.dest:
+            line = re.sub(rf"\b{action.dest}\b", flag, line)
+        line = re.sub(rf"^({flag}|{action.dest})=", f"{flag} ", line)
+    return line
+
+
+def run(args: argparse.Namespace) -> None:
+    tokenizer = weights.load_tokenizer(args.checkpoint)
+    chat = not args.raw and "<|channel|>" in tokenizer.special_tokens_set
+    if not chat and (args.chat or args.instructions):
+        flag = "--chat" if args.chat else "--instructions"
+        raise ValueError(f"{flag} needs a chat model: {args.checkpoint} has no Harmony tokens")
+    with emulated_gpu() if args.emulate else contextlib.nullcontext():
+        cuda = torch.cuda.is_available() and not args.emulate
+        device = args.device or ("cuda" if cuda else "cpu")
+        ops = "gluon" if args.emulate else args.ops
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        start = time.perf_counter()
+        model = GPTOSS.from_pretrained(args.checkpoint, device, dtype, ops, args.activations)
+        if model.device.type == "cuda":
+            room = model.pages_that_fit(args.page_size) * args.page_size
+            seconds = time.perf_counter() - start
+            say(f"loaded in {seconds:.1f} s; the memory left caches {room:,} tokens")
+        if args.chat:
+            converse(model, tokenizer, args)
+        else:
+            answer_prompts(model, tokenizer, chat, args)
+
+
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = arguments()
     args = parser.parse_args()
-    if bool(args.prompt) == args.chat:
-        parser.error("give --prompt TEXT (may repeat, - reads standard input) or --chat")
-    if args.emulate and (args.device not in (None, "cpu") or args.ops == "torch"):
-        parser.error("--emulate runs the gluon kernels on the cpu: leave out --device and --ops")
+    check_arguments(parser, args)
     try:
-        tokenizer = weights.load_tokenizer(args.checkpoint)
-        chat = not args.raw and "<|channel|>" in tokenizer.special_tokens_set
-        if args.chat and not chat:
-            raise ValueError(
-                "--chat needs a chat model: a tokenizer with the Harmony tokens, and no --raw"
-            )
-        texts = [sys.stdin.read() if text == "-" else text for text in args.prompt or ()]
-        today = str(datetime.date.today())
-        if empty := [index for index, text in enumerate(texts) if not text.strip()]:
-            raise ValueError(f"prompt {empty[0]} is empty")
-        with emulated_gpu() if args.emulate else contextlib.nullcontext():
-            device = args.device or (
-                "cuda" if torch.cuda.is_available() and not args.emulate else "cpu"
-            )
-            ops = "gluon" if args.emulate else args.ops
-            dtype = getattr(torch, args.dtype or "", None)
-            model = GPTOSS.from_pretrained(args.checkpoint, device, dtype, ops, args.activations)
-            if args.chat:
-                converse(model, tokenizer, args)
-            else:
-                answer(
-                    model,
-                    tokenizer,
-                    [
-                        chat_tokens(tokenizer, [("user", text)], today, args.effort)
-                        if chat
-                        else tokenizer.encode_ordinary(text)
-                        for text in texts
-                    ],
-                    args,
-                    chat,
-                )
-    except (CheckpointError, ValueError) as error:
-        print(f"gptoss: {error}", file=sys.stderr)
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "standard output is closed")
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack the answer's characters
+        if sys.stdin is not None:
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        run(args)
+    except (CheckpointError, ValueError, TypeError, RuntimeError) as error:
+        say(as_typed(error))
+        return 1
+    except OSError as error:
+        say(f"{error.filename or 'standard output'}: {error.strerror}")
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        leave_quietly()
     return 0
+
+
+def leave_quietly() -> None:
+    """What is left in stdout's buffer is dropped if stdout cannot take it, and an interrupt from
+    here on ends the process without a traceback."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

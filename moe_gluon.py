@@ -48,6 +48,7 @@ import torch
 import triton
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
+from triton.language import PropagateNan
 from triton.language.extra import libdevice
 
 cdna4 = gl.amd.cdna4
@@ -67,6 +68,8 @@ GROUP = gl.constexpr(32)  # values of K that share an E8M0 scale
 BLOCK = gl.constexpr(64)
 SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 LOG2_E = gl.constexpr(1.4426950408889634)
+INFINITY = gl.constexpr(0x7F800000)  # float32's bits; larger ones are NaN
+ALL = gl.constexpr(PropagateNan.ALL)
 PREFILL_ROWS = gl.constexpr(128)  # of a prefill tile, which is cut 2 x 2
 PREFILL_COLUMNS = gl.constexpr(256)
 # Prefill tiles of a column panel in turn: 1.5 MB of 8-bit activations at K = 2880, less than half
@@ -203,6 +206,19 @@ def prepare(experts, activations: str) -> PackedExperts:
     )
 
 
+def nan_where_infinite(weight, scale):
+    """The scale bytes, with NaN's in place of those whose group exceeds float32: at 2^126 e2m1's 4
+    does, at 2^127 its 2. Such weights are infinities where they are expanded, whose sums are NaN;
+    the matrix instruction scales sums instead, and would pass them off as numbers."""
+    huge = scale > 252
+    if scale.is_meta or not huge.any():
+        return scale
+    codes = weight.unflatten(-1, (-1, 16))[huge]  # [groups, 16 bytes]
+    largest = torch.maximum(codes & 7, codes >> 4 & 7).amax(-1)  # codes rise with magnitudes
+    infinite = largest >= torch.where(scale[huge] == 253, 6, 4)
+    return scale.masked_scatter(huge, scale[huge].masked_fill(infinite, 255))
+
+
 def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
     """weight uint8 [E, N, K/2] with scale uint8 [E, N, K/32], or bf16 [E, N, K] with None; bias [E,
     N]."""
@@ -231,6 +247,7 @@ def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
             .view(weight.dtype)
             .view(E, -1, groups, 16, 16)
         )
+        scale = nan_where_infinite(weight, scale)
         scale = blocks(scale).permute(0, 1, 5, 2, 4, 3).contiguous().view(E, -1, groups, 16, 4)
     return PackedWeight(data, scale, bias.float().contiguous(), float(input_scale), N, K)
 
@@ -545,23 +562,44 @@ def expert_gemm(
 # Quantisation
 
 
+# Comparisons that keep NaN; gl.minimum and gl.maximum return the other operand. v_maximum3_f32 and
+# v_minimum3_f32 are one instruction, like v_max_f32.
+
+
+@gluon.jit
+def at_least(y, bound):
+    return gl.maximum(y, bound, propagate_nan=ALL)
+
+
+@gluon.jit
+def at_most(y, bound):
+    return gl.minimum(y, bound, propagate_nan=ALL)
+
+
+@gluon.jit
+def nan_or_larger(a, b):
+    return gl.maximum(a, b, propagate_nan=ALL)
+
+
 @gluon.jit
 def quantise(y, X: gl.constexpr, MX: gl.constexpr):
     """float32 y [rows, 32] -> bytes uint8 [rows, 32] (e2m1: [rows, 16], low nibble first), and E8M0
     bytes uint8 [rows]. mx: the scale's exponent is floor(log2(max |y|)) less the element's largest
-    (OCP MX 6.3); static: y comes scaled. Elements round to nearest even and saturate: a cast
-    without the clamp would make 480 a NaN."""
+    (OCP MX 6.3), and a group that holds NaN has the scale that is NaN, since e2m1 has none; static:
+    y comes scaled. Elements round to nearest even and saturate: a cast without the clamp would make
+    480 a NaN."""
     largest: gl.constexpr = 448.0 if X == "e4m3" else 57344.0 if X == "e5m2" else 6.0
     if MX:
         largest_exponent: gl.constexpr = 8 if X == "e4m3" else 15 if X == "e5m2" else 2
-        bits = gl.max(gl.abs(y), axis=1).to(gl.int32, bitcast=True)
+        bits = gl.reduce(gl.abs(y), 1, nan_or_larger).to(gl.int32, bitcast=True)
         # float32's own exponent is the floor
         exponent = gl.maximum((bits >> 23) - 127 - largest_exponent, -127)
         y = y * ((127 - exponent) << 23).to(gl.float32, bitcast=True)[:, None]
-        scale = (exponent + 127).to(gl.uint8)
+        scale = gl.where(bits > INFINITY, 255, exponent + 127).to(gl.uint8)
+        y = gl.minimum(gl.maximum(y, -largest), largest)
     else:
         scale = 0
-    y = gl.minimum(gl.maximum(y, -largest), largest)
+        y = at_most(at_least(y, -largest), largest)
     if X == "e2m1":
         low, high = gl.split(y.reshape(y.shape[0], y.shape[1] // 2, 2))
         # the halves of a byte, by scale 1; the s_nop because LLVM does not see an instruction whose
@@ -649,9 +687,10 @@ def select_experts(
         iota(1, SLOTS, layout, 2),
     )
     left = cdna4.buffer_load(logits, token * E + expert, mask=(token < T) & (expert < E))
-    # above what is taken, were it NaN
+    # A logit that is NaN makes the token's gates NaN, whichever experts it gets: any that exist.
+    is_nan = gl.max((left != left).to(gl.int32), axis=1)[:, None] > 0
     left = gl.where(expert < E, gl.maximum(left, -3e38), float("-inf"))
-    largest = gl.max(left, axis=1)[:, None]
+    largest = gl.where(is_nan, float("nan"), gl.max(left, axis=1)[:, None])
     ids = gl.full([BM, SLOTS], E, gl.int32, layout)
     gates = gl.zeros([BM, SLOTS], gl.float32, layout)
     for s in gl.static_range(TOP_K):
@@ -872,7 +911,7 @@ def swiglu(acc, LIMIT: gl.constexpr):
     clamped, [rows, N/2]. By the exponential and reciprocal instructions, each within 1 ULP: IEEE
     division is ten instructions a value."""
     gate, up = gl.split(acc.reshape(acc.shape[0], acc.shape[1] // 2, 2))
-    gate, up = gl.minimum(gate, LIMIT), gl.minimum(gl.maximum(up, -LIMIT), LIMIT)
+    gate, up = at_most(gate, LIMIT), at_most(at_least(up, -LIMIT), LIMIT)
     return libdevice.fast_dividef(gl.fma(gate, up, gate), 1 + gl.exp2(gate * (-1.702 * LOG2_E)))
 
 

@@ -119,7 +119,7 @@ def rope(config, device: torch.device) -> tuple[Tensor, float]:
     slow = (torch.arange(D // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
     slow = slow.clamp(0, 1)
     frequency = frequency / config.rope_factor * slow + frequency * (1 - slow)
-    return frequency.to(device), 0.1 * math.log(config.rope_factor) + 1
+    return frequency.to(device), config.rope_attention_factor
 
 
 def plan(step, config) -> Plan:

@@ -6,13 +6,17 @@ that all layouts and the oracle hold the same weights. Where a test compares flo
 relative is what the issue of summation order leaves: about 1e-6 a GEMM, through a few layers and a
 softmax."""
 
+import datetime
 import importlib.util
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import weakref
 
 import pytest
@@ -245,7 +249,7 @@ def test_sampling_follows_the_distribution():
     logits = torch.tensor([[1.0, 3.0, 2.0, -1.0, 2.5]])
     n = 100_000
     # a grid: counts are n times the shares, to a step and float32's 1e-7 n
-    draws = [(i + 0.5) / n for i in range(n)]
+    draws = (torch.arange(n).double() + 0.5) / n
     for temperature, top_k, top_p, kept in (
         (1.0, None, None, [0, 1, 2, 3, 4]),
         (0.5, None, None, [0, 1, 2, 3, 4]),
@@ -292,7 +296,7 @@ def test_same_seed_same_tokens_in_any_batch(tmp_path):
         (
             [[1] * 500],
             dict(max_new_tokens=20),
-            "prompt 0 is too long: 500 tokens and 20 new ones exceed .* 512",
+            "prompt 0 is too long: 500 tokens and max_new_tokens=20 exceed .* 512",
         ),
         ([[1]], dict(temperature=-1.0), "temperature"),
         ([[1]], dict(top_p=0.0), "top_p"),
@@ -315,7 +319,7 @@ def test_bad_requests_are_named(tmp_path, prompts, options, message):
     "options, message",
     [
         (dict(ops="fast"), "ops='fast'"),
-        (dict(ops="gluon"), "ops='gluon' needs Triton with an active gfx950"),
+        (dict(ops="gluon"), "ops='gluon' needs Triton with an active GPU"),
         (dict(activations="int8"), "activations='int8'"),
         (dict(activations="fp8"), "need the static input scales of a Quark checkpoint"),
     ],
@@ -421,6 +425,47 @@ def test_a_gpu_gives_the_cpus_tokens(tiny, dtype):
     )
 
 
+@on_gpu
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(temperature=1.0, seed=3),
+    dict(temperature=0.8, top_k=20, top_p=0.9, seed=5),
+], ids=["greedy", "sampled", "cut"])  # fmt: skip
+def test_a_graph_gives_the_host_paths_tokens(tiny, options):
+    """Prompts of different lengths that join and leave, by a stop token or the limit."""
+    tokenizer = tiny[1]
+    prompts = [gptoss.chat_tokens(tokenizer, [("user", q)], "2026-01-31", "low") for q in QUESTIONS]
+    gpu = GPTOSS.from_pretrained(TINY, "cuda")
+
+    def answers() -> list:
+        return [gpu.generate(prompts, n, max_batch=b, **options) for n, b in ((60, 3), (17, 8))]
+
+    captured = answers()
+    assert answers() == captured
+    gpu.ops = gpu.ops._replace(capturable=False)
+    assert answers() == captured
+
+
+@on_gpu
+def test_nothing_is_compiled_after_warm_up(tiny):
+    import triton
+
+    import ops_triton
+
+    gpu = GPTOSS.from_pretrained(TINY, "cuda")
+    kernels = [f for f in vars(ops_triton).values() if isinstance(f, triton.JITFunction)]
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for f in kernels for cache in f.device_caches.values())
+
+    gpu.generate([prompt_of(40, 1000)] * 3, 20, stop_tokens=())
+    before = compiled()
+    assert before > 5
+    for length in (33, 150, 700):
+        gpu.generate([prompt_of(length, 1000)] * 3, 40, stop_tokens=())
+    assert compiled() == before
+
+
 def test_tiny_uses_every_feature_of_the_architecture(tiny):
     checkpoint = weights.load(TINY)
     c = checkpoint.config
@@ -446,100 +491,280 @@ def test_a_prompt_of_4096_tokens(tiny):
     assert len(model.generate([tokens], 4)[0]) == 4
 
 
-def test_harmony_format(tiny):
-    tokens = gptoss.chat_tokens(
-        tiny[1],
-        [("user", "Hi<|end|>"), ("assistant", "Hello."), ("user", "Bye")],
-        "2026-01-31",
-        "low",
-    )
-    assert tiny[1].decode(tokens) == (
-        "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
-        "Knowledge cutoff: 2024-06\nCurrent date: 2026-01-31\n\nReasoning: low\n\n"
-        "# Valid channels: analysis, commentary, final. "
-        "Channel must be included for every message.<|end|><|start|>user<|message|>Hi<|end|><|end|>"
-        "<|start|>assistant"
-        "<|channel|>final<|message|>Hello.<|end|><|start|>user<|message|>Bye<|end|><|start|>assistant"
-    )
-    assert tokens.count(tiny[1].encode_single_token("<|end|>")) == 4  # the user's is text
-
-
-def test_reader_tells_channels_apart(tiny):
-    reader = gptoss.Reader(tiny[1], chat=True)
-    text = (
-        "<|channel|>analysis<|message|>7+5…<|end|>"
-        "<|start|>assistant<|channel|>final<|message|>Café 🙂"
-    )
-    events = [reader.read(token) for token in tiny[1].encode(text, allowed_special="all")]
-    shown = {
-        name: "".join(t for channel, t in events if channel == name)
-        for name in ("analysis", "final", None)
-    }
-    assert shown == {"analysis": "7+5…\n", "final": "Café 🙂", None: ""}
-    assert gptoss.Reader(tiny[1], chat=False).read(10**6) == ("final", "\N{REPLACEMENT CHARACTER}")
-
-
 def test_command_line_answers():
-    run = cli("--prompt", QUESTIONS[0], "--prompt", "-", stdin=QUESTIONS[1])
-    assert (
-        run.returncode == 0
-        and "TTFT" in run.stderr
-        and "TPOT" in run.stderr
-        and "pages" in run.stderr
-    )
-    first, second = run.stdout.strip().splitlines()
-    assert "42" in first and "Paris" in second and "<|" not in run.stdout
-    thinking = cli("--prompt", QUESTIONS[0], "--show-reasoning").stdout.strip().splitlines()
-    assert len(thinking) >= 2 and thinking[-1] == first
-    raw = cli(
-        "--prompt",
-        "The capital of",
-        "--raw",
-        "--max-new-tokens",
-        "5",
-        "--temperature",
-        "1",
-        "--seed",
-        "3",
-    )
-    assert raw.returncode == 0 and raw.stdout.strip()
+    run = cli("--prompt", QUESTIONS[0], "--prompt", "-", stdin=QUESTIONS[1] + "\n")
+    assert run.returncode == 0 and "TTFT" in run.stderr and "TPOT" in run.stderr
+    first, second = run.stdout.splitlines()
+    assert first == "[0] 17 + 25 = 42" and second == "[1] The capital of France is Paris."
+    thinking = cli("--prompt", QUESTIONS[0], "--show-reasoning").stdout.splitlines()
+    assert thinking[0].startswith("analysis: ") and thinking[-1] == "final: 17 + 25 = 42"
+    raw = ["--raw", "--max-new-tokens", "5", "--temperature", "1", "--seed", "3"]
+    runs = [cli("--prompt", "The capital of", *raw) for _ in range(2)]
+    assert runs[0].returncode == 0 and runs[0].stdout.strip() and runs[0].stdout == runs[1].stdout
+
+
+def test_a_newline_at_the_end_of_standard_input_is_nobodys():
+    sums = [(a, b) for a in (2, 5, 9) for b in (3, 6)]
+    asked = [f"What is {a} + {b}?\n" for a, b in sums]
+    answers = [cli("--prompt", "-", stdin=text).stdout for text in asked[:2]]
+    assert answers == [f"{a} + {b} = {a + b}\n" for a, b in sums[:2]]
+
+
+USAGE = [
+    (["--prompt", "x", "--fast"], "unrecognized arguments: --fast"),
+    ([], "give --prompt TEXT (- is standard input) or --chat"),
+    (["--chat", "--prompt", "x"], "--chat asks for the prompts itself: leave out --prompt"),
+    (["--prompt", "-", "--prompt", "-"], "--prompt - can read standard input only once"),
+    (["--chat", "--raw"], "--chat needs the chat format: leave out --raw"),
+    (["--prompt", "x", "--raw", "--instructions", "y"], "--instructions belong to a chat"),
+    (["--prompt", "x", "--ops", "cuda"], "argument --ops: invalid choice: 'cuda'"),
+    (["--prompt", "x", "--emulate", "--ops", "torch"], "--emulate runs the gluon kernels"),
+    (["--prompt", "x", "--emulate", "--device", "cuda"], "--emulate runs on the cpu"),
+    (["--prompt", "x", "--temperature", "nan"], "argument --temperature: 'nan' is no finite"),
+    (["--prompt", "x", "--temperature", "inf"], "argument --temperature: 'inf' is no finite"),
+    (["--prompt", "x", "--temperature", "-1"], "argument --temperature: '-1' is no finite"),
+    (["--prompt", "x", "--top-p", "0"], "argument --top-p: '0' is no number in (0, 1]"),
+    (["--prompt", "x", "--top-k", "0"], "argument --top-k: '0' is no whole number"),
+    (["--prompt", "x", "--max-new-tokens", "1e3"], "argument --max-new-tokens: '1e3' is no whole"),
+    (["--prompt", "x", "--effort", "extreme"], "argument --effort: invalid choice: 'extreme'"),
+]
+BAD = [
+    (["--prompt", "x", "--checkpoint", "/nowhere"], "/nowhere"),
+    (["--prompt", ""], "prompt 0 is empty"),
+    (["--prompt", "x", "--max-new-tokens", "9999999"], "--max-new-tokens=9999999 exceed"),
+    (["--prompt", "x", "--num-pages", "1"], "the pool has 1; raise --num-pages or lower"),
+    (["--prompt", "x", "--num-pages", "999999999"], "--num-pages 999999999 do not fit the free"),
+    (["--prompt", "x", "--device", "nope"], "--device 'nope' cannot be used here"),
+    (["--prompt", "x", "--device", "meta"], "--device 'meta' holds no values"),
+    (["--prompt", "x", "--activations", "fp8"], "--activations 'fp8' need the static input scales"),
+]
 
 
 @pytest.mark.parametrize(
-    "args, code, message",
-    [
-        (["--prompt", "x", "--fast"], 2, "unrecognized arguments: --fast"),
-        ([], 2, "give --prompt"),
-        (["--chat", "--prompt", "x"], 2, "give --prompt"),
-        (["--prompt", "x", "--ops", "cuda"], 2, "--ops"),
-        (["--prompt", "x", "--emulate", "--ops", "torch"], 2, "--emulate runs the gluon kernels"),
-        (["--prompt", "x", "--emulate", "--device", "cuda"], 2, "--emulate runs the gluon kernels"),
-        (["--prompt", "x", "--checkpoint", "/nowhere"], 1, "/nowhere"),
-        (["--prompt", ""], 1, "prompt 0 is empty"),
-        (["--prompt", "x", "--max-new-tokens", "9999999"], 1, "too long"),
-        (["--prompt", "x", "--num-pages", "1"], 1, "the pool has 1"),
-        (["--prompt", "x", "--device", "nope"], 1, "device='nope'"),
-        (["--prompt", "x", "--activations", "fp8"], 1, "Quark"),
-    ],
+    "args, code, message", [(a, 2, m) for a, m in USAGE] + [(a, 1, m) for a, m in BAD]
 )
-def test_command_line_errors(args, code, message):
-    run = cli(*args)
-    assert (
-        run.returncode == code
-        and message in run.stderr
-        and not run.stdout
-        and "Traceback" not in run.stderr
+def test_command_line_errors(args, code, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gptoss.py", *args])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    try:
+        found = gptoss.main()
+    except SystemExit as exit:
+        found = exit.code
+    out, err = capsys.readouterr()
+    assert (found, out) == (code, "") and message in err
+    assert err.splitlines()[-1].startswith("gptoss: ") and len(err.splitlines()[-1:]) == 1
+
+
+def test_options_without_effect_are_named():
+    run = cli("--prompt", QUESTIONS[0], "--top-k", "5", "--seed", "3")
+    assert (run.returncode, run.stdout) == (0, "17 + 25 = 42\n")
+    assert "gptoss: --top-k has no effect without --temperature" in run.stderr
+    assert "gptoss: --seed has no effect without --temperature" in run.stderr
+
+
+def test_an_answer_without_a_final_channel_says_why():
+    short = cli("--prompt", QUESTIONS[0], "--max-new-tokens", "8")
+    assert (short.returncode, short.stdout) == (0, "\n")
+    assert "no final channel within 8 tokens; raise --max-new-tokens" in short.stderr
+
+
+@pytest.mark.parametrize("text, everything, shown", [
+    ("I'm sorry.<|return|>", False, "I'm sorry."),
+    ("<|channel|>commentary to=functions.f<|message|>{}<|call|>", False,
+     "commentary to functions.f: {}"),
+    ("<|channel|>analysis<|message|>Hm.<|end|>", False, ""),
+    ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>42",
+     True, "analysis: Hm.\nfinal: 42"),
+    ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>42",
+     False, "42"),
+])  # fmt: skip
+def test_what_is_shown_of_a_completion(tiny, text, everything, shown):
+    answer = gptoss.Answer(tiny[1], True, everything)
+    for token in tiny[1].encode(text, allowed_special="all"):
+        answer.add(answer.reader.read(token))
+    answer.add(answer.reader.close())
+    assert answer.text == shown
+
+
+# --------------------------------------------------------------------------------------------------
+# The terminal
+
+
+def shell(command: str, **options) -> subprocess.CompletedProcess:
+    """`gptoss` in a shell command stands for the program."""
+    program = f"{sys.executable} {ROOT / 'gptoss.py'}"
+    command = command.replace("gptoss", program)
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, **options)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shells and devices of Linux")
+@pytest.mark.parametrize("command, code, message", [
+    ("gptoss --prompt Hi >&-", 1, "standard output is closed"),
+    ("set -o pipefail; gptoss --prompt Hi | true", 1, "standard output: Broken pipe"),
+    ("gptoss --prompt Hi >/dev/full", 1, "standard output: No space left on device"),
+    ("gptoss --prompt - <&-", 1, "--prompt -: standard input is closed"),
+    ("gptoss --chat <&-", 1, "--chat: standard input is closed"),
+    ("printf 'a\\xff' | gptoss --prompt -", 1, "--prompt -: standard input is not UTF-8"),
+    ("printf 'a\\xff\\n' | gptoss --chat", 1, "--chat: standard input is not UTF-8"),
+    ("TRITON_CACHE_DIR=/proc/none gptoss --prompt Hi --raw --emulate", 1, "/proc/none"),
+])  # fmt: skip
+def test_what_a_terminal_can_do_to_it_is_one_line(command, code, message):
+    if "--emulate" in command and importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is installed on Linux only")
+    run = shell(command)
+    assert run.returncode == code and message in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_terminal_without_the_answers_characters(tiny, monkeypatch):
+    """An answer's character that ASCII lacks is replaced, not fatal."""
+    code = "import sys, gptoss; sys.stdout.reconfigure(errors='replace'); print('\u00e9', end='')"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
+    assert (run.returncode, run.stdout) == (0, b"?")
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.4, 1.0, 2.0, 3.5])
+def test_an_interrupt_at_any_moment(seconds):
+    command = [sys.executable, str(ROOT / "gptoss.py"), "--prompt", "x " * 300]
+    command += ["--raw", "--max-new-tokens", "7000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    # Before Python runs the program's first line, the interpreter itself is interrupted.
+    assert process.returncode == 130 or seconds < 0.4
+    assert "Traceback" not in err or seconds < 0.4
+    if out:
+        assert out.endswith("\n") and "tokens | TTFT" in err
+
+
+# --------------------------------------------------------------------------------------------------
+# Chat
 
 
 def test_chat_keeps_the_conversation():
     run = cli("--chat", stdin="What is 17 + 25?\n\nWhat is the capital of France?\n")
-    assert (
-        run.returncode == 0
-        and "42" in run.stdout
-        and "Paris" in run.stdout
-        and "> " not in run.stdout
-    )
+    assert run.returncode == 0 and run.stdout == "17 + 25 = 42\nThe capital of France is Paris.\n"
+
+
+def chat_arguments(*more: str):
+    return gptoss.arguments().parse_args(["--chat", "--max-new-tokens", "60", *more])
+
+
+def test_a_turn_prefills_only_what_is_new(tiny, monkeypatch, capsys):
+    """Its answers are those of the whole conversation, prefilled at once."""
+    model, tokenizer = tiny
+    lengths, forward, said = [], model.forward, []
+    monkeypatch.setattr(model, "forward", lambda t, *a: lengths.append(len(t)) or forward(t, *a))
+    monkeypatch.setattr(gptoss, "answer", lambda e, a, f=gptoss.answer: said.append(e) or f(e, a))
+    questions = ["What is 17 + 25?", "What is the capital of France?", "Sort 9, 2 and 5."]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(questions) + "\n"))
+    gptoss.converse(model, tokenizer, chat_arguments("--page-size", "4"))
+    answers = capsys.readouterr().out.splitlines()
+    assert answers == ["17 + 25 = 42", "The capital of France is Paris.", "In order: 2, 5, 9."]
+    prefills = [n for n in lengths if n > 1]
+    turns, want, cached = [], [], 0
+    for question, reply in zip(questions, answers, strict=True):
+        turns.append(("user", question))
+        tokens = gptoss.chat_tokens(tokenizer, turns, str(datetime.date.today()), "medium")
+        want.append(len(tokens) - cached)
+        cached = len(tokens)
+        turns.append(("assistant", reply))
+        new = model.generate([tokens], 60)[0]
+        whole = gptoss.parse_completion(tokenizer, new)
+        assert whole[-1].text == reply
+    assert prefills[:3] == want and len(set(map(id, said))) == 1
+    engine = said[0]
+    engine.cache.release(engine.prefix.tables)
+    assert sorted(engine.cache.free) == list(range(1, engine.cache.num_pages + 1))
+
+
+def test_a_conversation_that_is_too_long_forgets_its_oldest_turns(tiny, monkeypatch, capsys):
+    questions = [f"What is {n} + {n}?" for n in range(2, 9)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(questions) + "\n"))
+    pages = ["--num-pages", "18"]  # of 16 tokens
+    gptoss.converse(*tiny, chat_arguments(*pages))
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [f"{n} + {n} = {2 * n}" for n in range(2, 9)]
+    assert "its oldest question and answer are forgotten" in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 300 + "\nWhat is 2 + 2?\n"))
+    gptoss.converse(*tiny, chat_arguments(*pages))
+    out, err = capsys.readouterr()
+    assert out == "2 + 2 = 4\n" and "the pool has 18; raise --num-pages or lower" in err
+
+
+def test_an_interrupt_ends_the_answer_not_the_chat(tiny, monkeypatch, capsys):
+    model, tokenizer = tiny
+    calls, forward = [], model.forward
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    monkeypatch.setattr(model, "forward", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 17 + 25?\nWhat is 2 + 2?\n"))
+    gptoss.converse(model, tokenizer, chat_arguments("--show-reasoning"))
+    out, err = capsys.readouterr()
+    assert out.startswith("analysis: ") and out.endswith("final: 2 + 2 = 4\n")
+    assert err.count("tokens | TTFT") == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_logits_are_an_error(tmp_path, temperature):
+    model = GPTOSS.from_pretrained(make(tmp_path))
+    model.layers[1].sinks[0] = float("nan")
+    with pytest.raises(ValueError, match="prompt 0, token 4: the logits are NaN"):
+        model.generate([prompt_of(4)], 5, temperature)
+
+
+def test_a_small_temperature_is_greedy():
+    logits = torch.tensor([[1.0, 3.0, 3.0 - 2**-20, -1.0]])
+    for temperature in (1e-10, 1e-38, 1e-300, 5e-324):
+        for draw in (0.0, 0.5, 1 - 2**-53):
+            found = gptoss.sample(
+                logits, torch.tensor([draw]).double(), gptoss.Sampling(temperature)
+            )
+            assert found.tolist() == [1]
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(temperature=float("nan")), "temperature=nan, expected a finite number"),
+    (dict(temperature=float("inf")), "temperature=inf, expected a finite number"),
+    (dict(temperature="1"), "temperature='1', expected a finite number"),
+    (dict(top_p=1.5), "top_p=1.5, expected a number in"),
+    (dict(top_k=2.5), "top_k=2.5, expected a whole number of at least 1"),
+    (dict(seed="x"), "seed='x', expected a whole number"),
+    (dict(max_new_tokens=1.5), "max_new_tokens=1.5, expected a whole number"),
+    (dict(page_size=True), "page_size=True, expected a whole number"),
+    (dict(num_pages=-3), "num_pages=-3, expected a whole number"),
+])  # fmt: skip
+def test_arguments_of_a_wrong_type_are_named(tiny, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny[0].generate([[1]], **dict(max_new_tokens=2) | options)
+
+
+def test_prompts_of_a_wrong_type_are_named(tiny):
+    for prompts in (["Hello"], [[1.5]], [5], [[None]]):
+        with pytest.raises(TypeError, match="prompt 0 is no list of token numbers"):
+            tiny[0].generate(prompts, 2)
+    assert tiny[0].generate([torch.tensor([5, 6])], 2) == tiny[0].generate([[5, 6]], 2)
+
+
+def test_draws_do_not_depend_on_the_place_in_the_batch(tmp_path):
+    model = GPTOSS.from_pretrained(make(tmp_path))
+    prompts = [prompt_of(4), prompt_of(6, seed=1), prompt_of(9, seed=2)]
+    options = dict(temperature=1.5, seed=7)
+    together = model.generate(prompts, 20, **options)
+    assert model.generate(prompts[::-1], 20, **options) == together[::-1]
+    assert [model.generate([p], 20, **options)[0] for p in prompts] == together
 
 
 EMULATED = [*QUESTIONS, "Reverse the word lamp.", "What is the capital of Peru?"]
@@ -564,33 +789,46 @@ def test_emulated_kernels_give_the_torch_paths_answers(tiny, count):
         assert (model.dtype, model.activations) == (torch.bfloat16, "mxfp8")
         answers = model.generate(prompts, 80, stop_tokens=stop)
     assert answers == torch_path.generate(prompts, 80, stop_tokens=stop)
+    # A decode step of one sequence: two norms, attention and three launches of the MoE layer, and
+    # the last norm. Everything but the dense GEMMs runs on the emulated card.
     layers = model.config.num_hidden_layers
     launched = [launch.name for launch in gpu.launches]
-    decode = launched[launched.index("combine_kernel") - 2 :]  # three launches a layer
-    assert len(decode) % (3 * layers) == 0 and len(set(decode)) == 3
+    layer = ["add_norm_kernel", "decode_kernel", "add_norm_kernel"]
+    layer += ["route_kernel", "dispatch_kernel", "combine_kernel"]
+    assert launched[-6 * layers - 1 :] == layer * layers + ["add_norm_kernel"]
 
 
 @needs_triton
-def test_only_a_gfx950_gets_the_kernels(tiny, monkeypatch):
+def test_which_operations_run_where(monkeypatch):
     import gfx950
     import moe_gluon
+    import ops_triton
 
-    cpu = torch.device("cpu")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
     with gfx950.emulate():
         assert gptoss.choose_ops("torch", cpu) is gptoss.EQUATIONS
-        assert gptoss.choose_ops("auto", cpu).moe is moe_gluon.moe
+        assert gptoss.choose_ops("triton", cpu).moe is ops_triton.moe
+        gluon = gptoss.choose_ops("auto", cpu)
+        assert gluon.moe is moe_gluon.moe and gluon.attention is ops_triton.attention
         with pytest.raises(ValueError, match="dtype=torch.float32, these ops compute in"):
             GPTOSS.from_pretrained(TINY, dtype=torch.float32)
         driver = type(gfx950.Driver(None))
-        cuda = torch.device("cuda")
         monkeypatch.setattr(driver, "get_active_torch_device", lambda self: cuda)  # a real gfx950
         assert gptoss.choose_ops("auto", cpu) is gptoss.EQUATIONS
-        monkeypatch.delattr(driver, "get_active_torch_device")  # somebody else's emulator
-        assert gptoss.choose_ops("auto", cpu).moe is moe_gluon.moe
-        monkeypatch.setattr(moe_gluon, "is_supported", lambda: False)  # another AMD device
+        assert gptoss.choose_ops("auto", cuda).moe is moe_gluon.moe
+        monkeypatch.setattr(moe_gluon, "is_supported", lambda: False)  # another GPU
+        assert gptoss.choose_ops("auto", cuda).moe is ops_triton.moe
+        with pytest.raises(ValueError, match="ops='gluon' needs a gfx950"):
+            gptoss.choose_ops("gluon", cuda)
+
+
+def test_without_a_gpu_only_the_equations_run():
+    cpu = torch.device("cpu")
+    if not torch.cuda.is_available():
         assert gptoss.choose_ops("auto", cpu) is gptoss.EQUATIONS
-        with pytest.raises(ValueError, match="needs Triton with an active gfx950"):
-            GPTOSS.from_pretrained(TINY, ops="gluon")
+    for name in ("triton", "gluon"):
+        with pytest.raises(ValueError, match=f"ops='{name}' needs Triton with an active GPU"):
+            gptoss.choose_ops(name, cpu)
 
 
 def test_equations_need_neither_triton_nor_the_kernels(tmp_path):

@@ -22,6 +22,7 @@ import tiktoken
 import torch
 from safetensors import SafetensorError, safe_open
 
+ENDS = ("<|return|>", "<|call|>", "<|endoftext|>")  # Harmony's, after which a completion is over
 MX_GROUP = 32  # values that share one E8M0 scale (OCP Microscaling Formats v1.0, 5.2)
 
 
@@ -33,21 +34,28 @@ class CheckpointError(ValueError):
 # --------------------------------------------------------------------------------------------------
 # Config
 
-# what this engine computes; a config that says otherwise is refused
+# What this engine computes; a config that says otherwise is refused.
 ARCHITECTURE = {
+    "model_type": "gpt_oss",
     "tie_word_embeddings": False,
     "attention_bias": True,
     "hidden_act": "silu",
     "swiglu_alpha": 1.702,
-    "rope_scaling.rope_type": "yarn",
-    "rope_parameters.rope_type": "yarn",
-    "rope_scaling.truncate": False,
-    "rope_parameters.truncate": False,
+    "partial_rotary_factor": 1.0,
 }
+ROPE = {"rope_type": "yarn", "type": "yarn", "truncate": False, "partial_rotary_factor": 1.0}
+# Keys that change nothing here: training, bookkeeping, what the caller or another file decides.
+WITHOUT_EFFECT = """
+architectures attention_dropout bos_token_id pad_token_id dtype torch_dtype initializer_range
+output_router_logits router_aux_loss_coef use_cache transformers_version quantization_config
+output_attentions output_hidden_states return_dict chunk_size_feed_forward is_encoder_decoder
+id2label label2id problem_type _name_or_path _attn_implementation _attn_implementation_autoset
+unsloth_fixed unsloth_version max_length temperature top_k top_p do_sample
+""".split()
 LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
-def keys(*paths: str):
+def stored_at(*paths: str):
     """A field of Config and the keys of config.json that may hold it; dots go into nested
     tables."""
     return dataclasses.field(metadata={"paths": paths})
@@ -58,59 +66,57 @@ class Config:
     """The model's constants, from either config.json schema: Hugging Face's (of transformers 4 or
     5) or OpenAI's."""
 
-    vocab_size: int = keys("vocab_size")
-    hidden_size: int = keys("hidden_size")
-    intermediate_size: int = keys("intermediate_size")
-    num_hidden_layers: int = keys("num_hidden_layers")
-    num_attention_heads: int = keys("num_attention_heads")
-    num_key_value_heads: int = keys("num_key_value_heads")
-    head_dim: int = keys("head_dim")
-    num_local_experts: int = keys("num_local_experts", "num_experts")
-    num_experts_per_tok: int = keys("num_experts_per_tok", "experts_per_token")
+    vocab_size: int = stored_at("vocab_size")
+    hidden_size: int = stored_at("hidden_size")
+    intermediate_size: int = stored_at("intermediate_size")
+    num_hidden_layers: int = stored_at("num_hidden_layers")
+    num_attention_heads: int = stored_at("num_attention_heads")
+    num_key_value_heads: int = stored_at("num_key_value_heads")
+    head_dim: int = stored_at("head_dim")
+    num_local_experts: int = stored_at("num_local_experts", "num_experts")
+    num_experts_per_tok: int = stored_at("num_experts_per_tok", "experts_per_token")
     # keys that a query of a sliding layer sees, its own included
-    sliding_window: int = keys("sliding_window")
-    swiglu_limit: float = keys("swiglu_limit")
-    rope_theta: float = keys("rope_theta", "rope_parameters.rope_theta")
-    rope_factor: float = keys(
+    sliding_window: int = stored_at("sliding_window")
+    swiglu_limit: float = stored_at("swiglu_limit")
+    rope_theta: float = stored_at(
+        "rope_theta", "rope_parameters.rope_theta", "rope_scaling.rope_theta"
+    )
+    rope_factor: float = stored_at(
         "rope_scaling.factor", "rope_parameters.factor", "rope_scaling_factor"
     )
-    rope_beta_fast: float = keys(
+    rope_beta_fast: float = stored_at(
         "rope_scaling.beta_fast", "rope_parameters.beta_fast", "rope_ntk_beta"
     )
-    rope_beta_slow: float = keys(
+    rope_beta_slow: float = stored_at(
         "rope_scaling.beta_slow", "rope_parameters.beta_slow", "rope_ntk_alpha"
     )
     # tokens, before YaRN
-    initial_context_length: int = keys(
+    initial_context_length: int = stored_at(
         "rope_scaling.original_max_position_embeddings",
         "initial_context_length",
         "rope_parameters.original_max_position_embeddings",
     )
-    max_position_embeddings: int = keys("max_position_embeddings")  # tokens
-    rms_norm_eps: float = keys("rms_norm_eps")
-    layer_types: tuple[str, ...] = keys("layer_types")
-    eos_token_id: tuple[int, ...] = keys("eos_token_id")
+    # what multiplies cos and sin
+    rope_attention_factor: float = stored_at(
+        "rope_scaling.attention_factor", "rope_parameters.attention_factor"
+    )
+    max_position_embeddings: int = stored_at("max_position_embeddings")  # tokens
+    rms_norm_eps: float = stored_at("rms_norm_eps")
+    layer_types: tuple[str, ...] = stored_at("layer_types")
+    eos_token_id: tuple[int, ...] = stored_at("eos_token_id")
 
     @classmethod
     def from_dict(cls, raw: dict, source: str = "config.json") -> "Config":
         """From a parsed config.json. Raises CheckpointError naming the key that is missing or
         contradictory."""
-        for path, required in ARCHITECTURE.items():
-            found = lookup(raw, path)
-            # transformers takes an absent YaRN `truncate` for true: there, absence contradicts
-            absent = found is None and (
-                not path.endswith("truncate") or lookup(raw, path.rpartition(".")[0]) is None
-            )
-            if found != required and not absent:
-                raise CheckpointError(f"{source}: {path} is {found!r}, GPT-OSS has {required!r}")
-
+        check_keys(raw, source)
         values = {}
         for field in dataclasses.fields(cls):
             paths = field.metadata["paths"]
-            found = {path: lookup(raw, path) for path in paths if lookup(raw, path) is not None}
-            if any(value != next(iter(found.values())) for value in found.values()):
-                raise CheckpointError(f"{source}: contradictory keys: {found}")
+            found = {path: v for path in paths if (v := lookup(raw, path)) is not None}
             value = next(iter(found.values())) if found else cls.unstated(field.name, raw, values)
+            if any(other != value for other in found.values()):
+                raise CheckpointError(f"{source}: contradictory keys: {found}")
             types = {int: int, float: (int, float)}.get(field.type)
             if value is None:
                 raise CheckpointError(f"{source}: missing key {' or '.join(paths)}")
@@ -149,6 +155,8 @@ class Config:
     def unstated(name: str, raw: dict, earlier: dict):
         """The value of a key that a schema leaves to its code (None: it must be there), given the
         fields before it."""
+        if name == "rope_attention_factor":
+            return yarn_attention_factor(raw, earlier["rope_factor"])
         if name == "layer_types":
             return [LAYER_TYPES[n % 2] for n in range(earlier["num_hidden_layers"])]
         if "rope_scaling_factor" not in raw:  # Hugging Face's schema
@@ -157,6 +165,52 @@ class Config:
             return int(earlier["initial_context_length"] * earlier["rope_factor"])
         # return, endoftext, call
         return {"rms_norm_eps": 1e-5, "eos_token_id": (200002, 199999, 200012)}.get(name)
+
+
+def check_keys(raw: dict, source: str) -> None:
+    """Raises CheckpointError for a key that says something else than what is computed here, or of
+    which nothing is known."""
+    wrong = "{}: {} is {!r}, GPT-OSS has {!r}"
+    for key, required in ARCHITECTURE.items():
+        if (found := raw.get(key)) is not None and found != required:
+            raise CheckpointError(wrong.format(source, key, found, required))
+    used = {path for field in dataclasses.fields(Config) for path in field.metadata["paths"]}
+    known = used | set(ARCHITECTURE) | set(WITHOUT_EFFECT)
+    for table in ("rope_scaling", "rope_parameters"):
+        if (rope := raw.get(table)) is None:
+            continue
+        if not isinstance(rope, dict):
+            raise CheckpointError(f"{source}: {table} is {rope!r}, expected a table")
+        for key, required in ROPE.items():
+            if key in rope and rope[key] != required:
+                raise CheckpointError(wrong.format(source, f"{table}.{key}", rope[key], required))
+        # transformers takes an absent type for plain rotary embedding, an absent truncate for true.
+        for keys in (("rope_type", "type"), ("truncate",)):
+            if not any(key in rope for key in keys):
+                path = f"{table}.{keys[0]}"
+                raise CheckpointError(wrong.format(source, path, None, ROPE[keys[0]]))
+        known |= {table} | {f"{table}.{key}" for key in (*ROPE, "mscale", "mscale_all_dim")}
+    stated = [key for key, value in raw.items() if value is not None]
+    nested = [f"{t}.{key}" for t in ("rope_scaling", "rope_parameters") for key in raw.get(t) or ()]
+    if unknown := [key for key in stated + nested if key not in known]:
+        raise CheckpointError(
+            f"{source}: unknown key {unknown[0]}; if it does not change what the model computes, "
+            "remove it"
+        )
+
+
+def yarn_attention_factor(raw: dict, factor: float) -> float:
+    """YaRN's concentration (section 3.4), or the ratio that `mscale` and `mscale_all_dim` make of
+    it, as transformers' _compute_yarn_parameters has it."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+
+    def concentration(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if mscale and all_dim:
+        return concentration(mscale) / concentration(all_dim)
+    return concentration(1)
 
 
 def published(size: str) -> Config:
@@ -178,6 +232,7 @@ def published(size: str) -> Config:
         rope_factor=32.0,
         rope_beta_fast=32.0,
         rope_beta_slow=1.0,
+        rope_attention_factor=0.1 * math.log(32) + 1,
         initial_context_length=4096,
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
@@ -199,7 +254,9 @@ def lookup(table: dict, path: str):
 
 @dataclass
 class Experts:
-    """One layer's experts, as stored. Rows of gate_up interleave gate (even) and up (odd).
+    """One layer's experts, as stored. Rows of gate_up interleave gate (even) and up (odd), in
+    Quark's checkpoint too: TokenSpeed's loader of one tensor an expert copies its rows as they are,
+    and its kernels, with which its GPQA score was measured, take them as interleaved.
 
     mxfp4: two e2m1 codes a byte, the low nibble first; one E8M0 scale byte s (value 2^(s-127)) per
     32 inputs."""
@@ -227,6 +284,8 @@ class Checkpoint:
     layout: str  # "hf-mxfp4" | "openai" | "quark" | "hf-bf16"
     dense: dict[str, torch.Tensor]
     experts: list[Experts]  # one per layer
+    activations: str  # what its expert GEMMs were made to see: "bf16", "fp8" or "mxfp4"
+    stop_tokens: frozenset[int]  # after which a completion is over
 
 
 # Every tensor of every layout: its stored name, our name, its dtype, its shape. {l} counts layers,
@@ -299,7 +358,7 @@ block.{l}.mlp.mlp2_bias               {l}.down_bias       bf16  E H
 """,
 }
 DTYPES = {
-    "bf16": ("BF16",),
+    "bf16": ("BF16", "F16", "F32"),
     "u8": ("U8",),
     "e8m0": ("U8", "F8_E8M0"),
     "float": ("F32", "BF16", "F16"),
@@ -313,6 +372,23 @@ MARKS = {
 }
 
 
+# Scales for a quantised KV cache, which this engine does not have: without effect on what is
+# computed in the model's dtype.
+CACHE_SCALES = r"\.self_attn\.([kv]_proj\.output_scale|(attn\.)?[kv]_scale)$"
+# Names that other tools write, and what to do about them.
+REMEDIES = {
+    r"^base_model\.model\.|\.lora_[AB]\.": (
+        "this is an adapter or a model wrapped for one; merge it (peft: merge_and_unload) and save "
+        "the result"
+    ),
+    r"mlp\.experts\.(gate_up|down)_projs\.": (
+        "unsloth's names for experts in 4 bits; save the model with its save_pretrained_merged "
+        "instead"
+    ),
+    r"^layers\.\d+\.self_attn": "the names lack `model.`: save GptOssForCausalLM, not its .model",
+}
+
+
 @dataclass
 class Stored:
     """A tensor as its layout wants it stored."""
@@ -323,8 +399,11 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def tensors_of(config: Config, layout: str, layer: int | None) -> list[Stored]:
-    """What the layout stores for one layer, or (None) outside the layers."""
+def tensors_of(
+    config: Config, layout: str, layer: int | None, activations: str = "fp8"
+) -> list[Stored]:
+    """What the layout stores for one layer, or (None) outside the layers. Quark's stores scales for
+    fp8 activations only."""
     c = config
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     size = {
@@ -347,6 +426,8 @@ def tensors_of(config: Config, layout: str, layer: int | None) -> list[Stored]:
     for row in LAYOUTS[layout].strip().splitlines():
         if row and ("{l}" in row) == (layer is not None):
             name, ours, dtype, *shape = row.split()
+            if dtype == "float" and activations != "fp8":
+                continue
             for e in range(c.num_local_experts if "{e}" in name else 1):
                 stored.append(
                     Stored(
@@ -370,20 +451,51 @@ def load(path: str | Path) -> Checkpoint:
 
     Raises CheckpointError for anything missing, unexpected, contradictory or damaged."""
     path = Path(path)
-    raw = read_json(path / "config.json")
-    config = Config.from_dict(raw, str(path / "config.json"))
+    check_folder(path)
+    raw, source = read_json(path / "config.json"), path / "config.json"
+    config = Config.from_dict(raw, str(source))
     files = find_files(path)
     layout = decide_layout(path, raw, files)
-    if layout != "hf-bf16" and (
-        config.hidden_size % MX_GROUP or config.intermediate_size % MX_GROUP
-    ):
+    activations = quark_activations(source, raw) if layout == "quark" else "bf16"
+    packed = layout != "hf-bf16"
+    if packed and (config.hidden_size % MX_GROUP or config.intermediate_size % MX_GROUP):
         raise CheckpointError(
-            f"{path / 'config.json'}: hidden_size and intermediate_size must be multiples of "
-            f"{MX_GROUP}, the group that shares a scale"
+            f"{source}: hidden_size and intermediate_size must be multiples of {MX_GROUP}, the "
+            "group that shares a scale"
         )
     layers = (None, *range(config.num_hidden_layers))
-    check(path, files, [stored for n in layers for stored in tensors_of(config, layout, n)])
-    return assemble(config, layout, lambda group: read(files, group), "loading")
+    check(path, files, [t for n in layers for t in tensors_of(config, layout, n, activations)])
+    checkpoint = assemble(config, layout, activations, lambda group: read(files, group), "loading")
+    return dataclasses.replace(checkpoint, stop_tokens=checkpoint.stop_tokens | find_stops(path))
+
+
+def check_folder(path: Path) -> None:
+    """Raises CheckpointError for what cannot be a checkpoint's folder, saying what to do."""
+    if path.is_file():
+        raise CheckpointError(f"{path}: a file; a checkpoint is a folder, name the one it lies in")
+    if not path.exists():
+        remedy = "a checkpoint is a folder with config.json and *.safetensors"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            remedy = f"to have it from Hugging Face: hf download {path} --local-dir {path.name}"
+        raise CheckpointError(f"{path}: no such folder; {remedy}")
+    if not (path / "config.json").exists() and any(path.glob("*.gguf")):
+        raise CheckpointError(
+            f"{path}: holds GGUF files, which are not read here; download the *.safetensors "
+            "checkpoint, for example openai/gpt-oss-20b"
+        )
+
+
+def find_stops(path: Path) -> frozenset[int]:
+    """Stop tokens that a checkpoint names elsewhere than in config.json: generation_config.json's
+    and, of the tokenizer's own, ENDS."""
+    stops = []
+    if (path / "generation_config.json").exists():
+        named = read_json(path / "generation_config.json").get("eos_token_id")
+        stops += named if isinstance(named, list) else [named]
+    if (path / "tokenizer.json").exists():
+        added = read_json(path / "tokenizer.json").get("added_tokens") or []
+        stops += [token["id"] for token in added if token.get("content") in ENDS]
+    return frozenset(token for token in stops if isinstance(token, int))
 
 
 def random(config: Config, layout: str, device="cpu", seed: int = 0) -> Checkpoint:
@@ -395,7 +507,8 @@ def random(config: Config, layout: str, device="cpu", seed: int = 0) -> Checkpoi
     def draw_group(group: list[Stored]) -> list[torch.Tensor]:
         return [draw(stored, device, generator) for stored in group]
 
-    return assemble(config, layout, draw_group, "random weights")
+    activations = "fp8" if layout == "quark" else "bf16"
+    return assemble(config, layout, activations, draw_group, "random weights")
 
 
 def random_tensors(config: Config, layout: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -421,26 +534,31 @@ def draw(stored: Stored, device, generator: torch.Generator | None) -> torch.Ten
     x = torch.randn(stored.shape, dtype=torch.bfloat16, **options)
     if "norm" in stored.ours:
         return 1 + 0.2 * x
+    if "router_bias" in stored.ours:
+        return 0.1 * x  # small beside the logits, so that tokens choose nearly independently
     if "bias" in stored.ours or "sinks" in stored.ours:
         return x
     inputs = stored.shape[-2 if len(stored.shape) == 3 else -1]  # unpacked experts are [E, in, out]
     return x * ((3 if stored.ours == "unembedding" else 1) / inputs**0.5)
 
 
-def assemble(config: Config, layout: str, read_group: Callable, label: str) -> Checkpoint:
+def assemble(
+    config: Config, layout: str, activations: str, read_group: Callable, label: str
+) -> Checkpoint:
     """A checkpoint, a layer at a time. `read_group` gives the tensors of a list of Stored."""
     names = [field.name for field in dataclasses.fields(Experts)]
     dense, experts = {}, []
     for layer in progress((None, *range(config.num_hidden_layers)), label):
-        group, parts = tensors_of(config, layout, layer), {}
+        group, parts = tensors_of(config, layout, layer, activations), {}
         for stored, tensor in zip(group, read_group(group), strict=True):
             parts.setdefault(stored.ours, []).append(tensor)
         joined = {ours: join(ours, tensors) for ours, tensors in parts.items()}
         if layer is not None:
             fields = {name: joined.pop(f"{layer}.{name}", None) for name in names}
-            experts.append(as_experts(layout, fields))
+            experts.append(as_experts(layout, layer, fields))
         dense |= joined
-    return Checkpoint(config, layout, dense, experts)
+    stop_tokens = frozenset(config.eos_token_id)
+    return Checkpoint(config, layout, dense, experts, activations, stop_tokens)
 
 
 def join(ours: str, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -466,16 +584,19 @@ def read(files: dict[str, Path], group: list[Stored]) -> list[torch.Tensor]:
     return tensors
 
 
-def as_experts(layout: str, fields: dict) -> Experts:
+def as_experts(layout: str, layer: int, fields: dict) -> Experts:
     """The layer's expert tensors in the shapes of Experts: all views."""
     for name in ("gate_up", "down"):
         if layout == "hf-bf16":
             # [E, in, out] -> [E, out, in]
             fields[f"{name}_weight"] = fields[f"{name}_weight"].transpose(1, 2)
-        elif layout == "quark":
-            # [E] -> one
-            fields[f"{name}_input_scale"] = float(fields[f"{name}_input_scale"].float().max())
-        else:
+        elif layout == "quark" and (scales := fields[f"{name}_input_scale"]) is not None:
+            for e, scale in enumerate(scales.flatten().tolist()):
+                if not 0 < scale < math.inf:
+                    where = f"model.layers.{layer}.mlp.experts.{e}.{name}_proj.input_scale"
+                    raise CheckpointError(f"{where} is {scale}, expected a positive number")
+            fields[f"{name}_input_scale"] = float(scales.float().max())  # [E] -> one
+        elif layout != "quark":
             # [E, out, in/32, 16] -> [E, out, in/2]
             fields[f"{name}_weight"] = fields[f"{name}_weight"].flatten(-2)
     return Experts(**fields)
@@ -491,10 +612,18 @@ def decide_layout(path: Path, raw: dict, names: Iterable[str]) -> str:
         raise CheckpointError(
             f"{source}: unknown quantisation: quant_method {method!r}, expected mxfp4 or quark"
         )
+    for ending, remedy in REMEDIES.items():
+        if name := next((name for name in names if re.search(ending, name)), None):
+            raise CheckpointError(f"{path}: tensor {name}: {remedy}")
     if len(found) != 1:
         raise CheckpointError(
             f"{path}: {'several layouts' if found else 'no known layout'} by the names of its "
             f"tensors; the endings that decide are {MARKS}"
+        )
+    if found[0] == "hf-bf16" and method == "mxfp4":
+        raise CheckpointError(
+            f"{source}: says quant_method mxfp4, but the experts are not packed; if they were "
+            "unpacked on purpose, remove quantization_config"
         )
     allowed = {
         "hf-mxfp4": ("", "mxfp4"),
@@ -506,21 +635,29 @@ def decide_layout(path: Path, raw: dict, names: Iterable[str]) -> str:
         raise CheckpointError(
             f"{source}: quant_method {method!r} contradicts the tensors, which are {found[0]}"
         )
-    if method == "quark":
-        check_quark(source, quantization)
     return found[0]
 
 
-def check_quark(source: Path, quantization: dict) -> None:
-    """Raises unless this is Quark's w_mxfp4_a_fp8: fp4 weights with E8M0 scales per 32, static FP8
-    activations."""
+def quark_activations(source: Path, raw: dict) -> str:
+    """What a Quark checkpoint's expert GEMMs are to see: "fp8" (static scales), "mxfp4" or, without
+    activation quantisation, "bf16". Raises unless its weights are fp4 with E8M0 scales per 32."""
+    quantization = raw["quantization_config"]
+    inputs = lookup(quantization, "global_quant_config.input_tensors")
+    fp8 = inputs and "fp8" in str(lookup(inputs, "dtype")).lower()
+    dynamic = {
+        "global_quant_config.input_tensors.dtype": "fp4|mxfp4",
+        "global_quant_config.input_tensors.qscheme": "per_group",
+        "global_quant_config.input_tensors.group_size": str(MX_GROUP),
+        "global_quant_config.input_tensors.is_dynamic": "true",
+    }
+    static = {"global_quant_config.input_tensors.is_dynamic": "false|none"}
     for path, allowed in {
+        **({} if not inputs else static if fp8 else dynamic),
         "global_quant_config.weight.dtype": "fp4|mxfp4",
         "global_quant_config.weight.qscheme": "per_group",
         "global_quant_config.weight.group_size": str(MX_GROUP),
         "global_quant_config.weight.scale_format": "e8m0",
         "global_quant_config.weight.is_dynamic": "false",
-        "global_quant_config.input_tensors.dtype": ".*fp8.*",
         "export.pack_method": "reorder",
         "export.weight_format": "real_quantized",
     }.items():
@@ -530,6 +667,7 @@ def check_quark(source: Path, quantization: dict) -> None:
                 f"{source}: unknown quantisation: quantization_config.{path} is {found!r}, "
                 f"expected {allowed}"
             )
+    return "fp8" if fp8 else "mxfp4" if inputs else "bf16"
 
 
 def read_json(file: Path) -> dict:
@@ -550,8 +688,8 @@ def read_json(file: Path) -> dict:
 def find_files(path: Path) -> dict[str, Path]:
     """Name of every tensor -> the file that holds it; the shard index, where there is one, must
     agree."""
-    index = path / "model.safetensors.index.json"
-    shards = sorted(path.glob("*.safetensors"))
+    index, whole = path / "model.safetensors.index.json", path / "model.safetensors"
+    shards = [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
     weight_map = {}
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -567,9 +705,13 @@ def find_files(path: Path) -> dict[str, Path]:
                 f"{shard}: no such file, but {index.name} names this shard; download it"
             )
         for name in open_file(shard).keys():
-            if name in files:
+            if name in weight_map:
+                if weight_map[name] == shard.name:
+                    files[name] = shard
+            elif name in files:
                 raise CheckpointError(f"{shard}: tensor {name} is in {files[name].name} too")
-            files[name] = shard
+            else:
+                files[name] = shard
     for name, shard in weight_map.items():
         if files.get(name) != path / shard:
             raise CheckpointError(
@@ -606,12 +748,12 @@ def check(path: Path, files: dict[str, Path], expected: list[Stored]) -> None:
             or dtype not in stored.dtypes
         ):
             raise CheckpointError(f"{file}: tensor {stored.name} is {dtype} {list(shape)}, {want}")
-    if unexpected := sorted(set(files) - {stored.name for stored in expected}):
+    extra = set(files) - {stored.name for stored in expected}
+    if unexpected := sorted(name for name in extra if not re.search(CACHE_SCALES, name)):
         raise CheckpointError(
             f"{files[unexpected[0]]}: unexpected tensor {unexpected[0]}"
             f"{f' and {len(unexpected) - 1} more' * (len(unexpected) > 1)}; config.json has no "
-            "place "
-            "for it"
+            "place for it"
         )
 
 
@@ -646,6 +788,7 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
     """The checkpoint's own tokenizer.json (byte-level BPE) as a tiktoken encoding; for OpenAI's
     layout, which has none, tiktoken's o200k_harmony. Raises CheckpointError where neither can be
     had."""
+    check_folder(Path(path))
     file = Path(path) / "tokenizer.json"
     if not file.exists():
         try:

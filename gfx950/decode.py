@@ -17,6 +17,7 @@ from .isa import (
     E5M2,
     NUMPY,
     PACKED,
+    TO_F16,
     bf16_bits,
     bf16_value,
     bitop3,
@@ -321,6 +322,11 @@ def arithmetic(ins):
         gets.append(get)
     if operands:
         raise Unsupported("operand count")
+    if ins.op in TO_F16:
+        (put,), to_f16 = puts, TO_F16[ins.op]
+        return lambda w: put(
+            w, to_f16(w.mode() >> 2 & 3, *[g(w) for g in gets]), lanes(w) if lanes else w.mask
+        )
     if len(puts) == 1:
         (put,) = puts
         if vector:
@@ -486,6 +492,11 @@ WIDE = {
     "bf16": lambda b: bf16_value(b.astype(u16)),
 }
 TO_BITS = {"f16": lambda x: x.astype(f16).view(u16), "bf16": lambda x: bf16_bits(x.astype(f32))}
+# Whose results the rounding mode of f16 and f64 may change: all that make one, but for the widening
+# conversions, minima, maxima and moves. Matrix instructions always round to nearest.
+ROUNDS_F16 = re.compile(
+    r"v_(?!cvt_f64|cvt_f32_f16|cvt_(pk_|pkrtz_)?f16_f32|(pk_)?(max|min)|med3|cmp|pack|mfma).*_f(16|64)"
+)
 FP16_OVFL = 1 << 23  # MODE bit 23: conversions saturate instead of overflowing
 
 
@@ -545,7 +556,7 @@ def narrow(ins):
         x = [np.broadcast_to(np.asarray(g(w), f64), (w.n, 64)) for g in gets]
         if scaled:
             x = [np.ldexp(v, 127 - (get_scale(w) >> u32(23) & u32(0xFF)).astype(int)) for v in x]
-        lo, hi = (fmt.encode(v, bool(w.m.mode & FP16_OVFL)).astype(u32) for v in x)
+        lo, hi = (fmt.encode(v, bool(w.mode() & FP16_OVFL)).astype(u32) for v in x)
         keep = w.v(dst.index) & u32(~(((1 << width) - 1) << shift) & 0xFFFFFFFF)
         w.set_v(dst.index, keep | (lo | hi << u32(width // 2)) << u32(shift), w.mask)
 
@@ -557,20 +568,36 @@ def narrow(ins):
 
 
 def set_mode(ins):
-    """s_setreg_imm32_b32 hwreg(HW_REG_MODE, offset, size): rounding and denormal bits must keep
-    their IEEE values."""
+    """s_setreg_imm32_b32 hwreg(HW_REG_MODE, offset, size). Bits 2 and 3 are the rounding of f16 and
+    f64, which conversions to f16 obey; float32's rounding and denormals must keep their IEEE
+    values."""
     reg, value = ins.operands
     name, offset, size = ([x.strip() for x in reg.value[6:-1].split(",")] + ["0", "32"])[:3]
     if name != "HW_REG_MODE":
         raise Unsupported("this hardware register")
     offset, size = int(offset), int(size)
-    if offset < 23 and not (offset == 4 and size == 2 and value.value == 3):
-        raise Unsupported("s_setreg of the rounding or denormal mode")
+    denormals = offset == 4 and size == 2 and value.value == 3
+    if offset < 23 and not denormals and (offset, size) != (2, 2):
+        raise Unsupported("s_setreg of float32's rounding or of the denormal mode")
+    if denormals:
+        return lambda w: None
+    kept, new = ~(((1 << size) - 1) << offset), value.value << offset
 
     def run(w):
-        w.m.mode = w.m.mode & ~(((1 << size) - 1) << offset) | value.value << offset
+        w.m.mode[w.g] = w.m.mode[w.g] & kept | new
 
     return run
+
+
+def nearest_only(run):
+    """An instruction that would obey another rounding mode, which it does not here."""
+
+    def checked(w):
+        if w.mode() >> 2 & 3:
+            raise Unsupported("this instruction in another rounding mode of f16 and f64")
+        run(w)
+
+    return checked
 
 
 def bitop(ins):

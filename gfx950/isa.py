@@ -70,6 +70,29 @@ def bf16_bits(x):
     return np.where(np.isnan(x), (b >> u32(16)) | u32(0x40), r).astype(u16)
 
 
+def to_f16(how, x):
+    """float32 -> f16; how: 0 to nearest even, 1 up, 2 down, 3 towards zero (the ISA's MODE)."""
+    near = x.astype(f16)
+    wide, zero = near.astype(f32), f16(0)
+    up, down = np.nextafter(near, f16(np.inf)), np.nextafter(near, f16(-np.inf))
+    if how == 1:
+        return np.where(wide < x, up, near)
+    if how == 2:
+        return np.where(wide > x, down, near)
+    if how == 3:
+        return np.where(np.abs(wide) > np.abs(x), np.nextafter(near, zero), near)
+    return near
+
+
+# by mnemonic, with the rounding mode first
+TO_F16 = {
+    "v_cvt_f16_f32": to_f16,
+    "v_cvt_pk_f16_f32": lambda how, a, b: pack16(
+        to_f16(how, a).view(u16), to_f16(how, b).view(u16)
+    ),
+}
+
+
 def bf16_value(bits):
     return (bits.astype(u32) << u32(16)).view(f32)
 
@@ -725,6 +748,11 @@ table(
     "u32 = f32 f32",
     cvt_pk_bf16_f32=lambda a, b: pack16(bf16_bits(a), bf16_bits(b)),
     cvt_pk_f16_f32=lambda a, b: pack16(a.astype(f16).view(u16), b.astype(f16).view(u16)),
+)
+table(
+    "v_",
+    "u32 = f32 f32",
+    cvt_pkrtz_f16_f32=lambda a, b: pack16(to_f16(3, a).view(u16), to_f16(3, b).view(u16)),
 )
 table("v_", "u32 = u32 u32", cvt_pk_u16_u32=lambda a, b: pack16(narrow(u16)(a), narrow(u16)(b)))
 table("v_", "u32 = i32 i32", cvt_pk_i16_i32=lambda a, b: pack16(narrow(i16)(a), narrow(i16)(b)))

@@ -42,6 +42,13 @@ class Group:
         lanes = decode.unpack_mask(self.s(EXEC), self.s(EXEC + 1))
         self.mask = None if lanes.all() else lanes
 
+    def mode(self):
+        """MODE, which all waves of a group must have set alike."""
+        modes = self.m.mode[self.g]
+        if (modes != modes[0]).any():
+            raise decode.Unsupported("waves that run together in different modes")
+        return int(modes[0])
+
     def v(self, r):
         return self.m.vector[r][self.g]
 
@@ -178,6 +185,11 @@ MODIFIERS = [
 
 def build(ins):
     """The Python function of an instruction."""
+    run = build_plain(ins)
+    return decode.nearest_only(run) if decode.ROUNDS_F16.match(ins.op) else run
+
+
+def build_plain(ins):
     known = next(known for pattern, known in MODIFIERS if pattern.fullmatch(ins.op))
     if unknown := set(ins.mods) - known:
         raise decode.Unsupported(f"modifier {', '.join(sorted(unknown))}")
@@ -288,7 +300,7 @@ class Machine:
         self.scc = np.zeros(n, bool)
         self.pc, self.state, self.jumps = np.zeros(n, i64), np.zeros(n, np.int8), np.zeros(n, i64)
         self.inflight, self.pending = np.zeros(n, i64), 0
-        self.mode = 0  # MODE beyond IEEE defaults; all waves of a kernel set it alike
+        self.mode = np.zeros(n, i64)  # MODE's bits beyond the defaults
         self.vm, self.ds, self.smem = memory.Queue(self), memory.Queue(self), memory.Queue(self)
         self.lds = memory.LDS(self, max(self.lds_size, 4), len(workgroups), self.program.lds_unit)
         spans = [*self.spans]

@@ -1,6 +1,7 @@
 """The emulated machine: instructions against Python and torch, memory rules, the adversary,
 mutants, the driver."""
 
+import bisect
 import itertools
 import math
 import re
@@ -807,6 +808,62 @@ def assert_same_floats(bits, expected):
         got.nan_to_num(), expected.nan_to_num()
     )
     assert torch.equal(torch.signbit(got[~got.isnan()]), torch.signbit(expected[~got.isnan()]))
+
+
+@pytest.mark.parametrize("how", [0, 1, 2, 3])
+def test_conversions_to_f16_obey_the_rounding_mode(how):
+    """Against exact fractions: every f16 neighbour pair's midpoint and quarters, denormals,
+    overflow. The mode is a wave's own, and is set back."""
+    codes = torch.arange(0, 0x7C00, 37).short().view(torch.float16).float()
+    gap = torch.arange(1, 0x7C01, 37).short().view(torch.float16).float().nan_to_num(posinf=65536.0)
+    x = torch.cat(
+        [codes, codes + (gap - codes) / 4, (codes + gap) / 2, codes + (gap - codes) * 0.75]
+    )
+    x = torch.cat([x, torch.tensor([65504.0, 65519.0, 65520.0, 1e30, 1e-30, math.inf])])
+    x = torch.cat([x, -x])
+    got = []
+    for row in lanes64(bits_of(x, torch.float32)):
+        b = Bench(
+            [
+                f"s_setreg_imm32_b32 hwreg(HW_REG_MODE, 2, 2), {how}",
+                "v_cvt_f16_f32_e32 v0, v4",
+                "v_cvt_pk_f16_f32 v1, v4, v4",
+                "s_setreg_imm32_b32 hwreg(HW_REG_MODE, 2, 2), 0",
+                "v_cvt_f16_f32_e32 v2, v4",
+            ],
+            {0: 0, 1: 0, 2: 0, 4: row},
+        )
+        assert np.array_equal(b.v(0) & 0xFFFF, b.v(1) & 0xFFFF)
+        assert np.array_equal(b.v(1) & 0xFFFF, b.v(1) >> 16)
+        got += list(zip((b.v(0) & 0xFFFF).tolist(), (b.v(2) & 0xFFFF).tolist(), strict=True))
+    finite = torch.arange(0x7C00).short().view(torch.float16).double().tolist()
+    for value, (found, nearest) in zip(x.tolist(), got, strict=False):
+        as_value = [struct.unpack("<e", struct.pack("<H", bits))[0] for bits in (found, nearest)]
+        assert as_value[1] == float(torch.tensor(value).half())
+        below = finite[bisect.bisect_right(finite, abs(value)) - 1]
+        above = (
+            below
+            if below == abs(value)
+            else next((v for v in finite[bisect.bisect_right(finite, abs(value)) :][:1]), math.inf)
+        )
+        outwards = above if not math.isinf(value) else math.inf
+        below = math.inf if math.isinf(value) else below
+        towards_zero = how == 3 or (how == 1) == (value < 0)
+        want = math.copysign(below if towards_zero else outwards, value)
+        assert as_value[0] == (want if how else as_value[1]), value
+
+
+@pytest.mark.parametrize("instruction", [
+    "v_add_f16_e32 v0, v4, v4", "v_fma_f64 v[0:1], v[4:5], v[4:5], v[4:5]",
+    "v_pk_add_f16 v0, v4, v4", "v_cvt_f16_u16_e32 v0, v4",
+])  # fmt: skip
+def test_what_does_not_obey_the_rounding_mode_raises(instruction):
+    mode = "s_setreg_imm32_b32 hwreg(HW_REG_MODE, 2, 2), {}"
+    Bench([mode.format(3), mode.format(0), instruction], {4: ONE, 5: ONE})
+    with pytest.raises(gfx950.Unsupported, match="rounding mode"):
+        Bench([mode.format(3), instruction], {4: ONE, 5: ONE})
+    with pytest.raises(gfx950.Unsupported, match="float32's rounding"):
+        Bench(["s_setreg_imm32_b32 hwreg(HW_REG_MODE, 0, 2), 3"], {})
 
 
 @pytest.mark.parametrize("fmt, top", [("fp8", 448.0), ("bf8", 57344.0)])

@@ -1591,3 +1591,22 @@ def test_empty_tensors_are_poisoned():
         )
         assert (torch.empty(4, dtype=torch.int32) == -1).all()
     assert not np.isnan(torch.zeros(3).numpy()).any()
+
+
+@triton.jit
+def to_f16_kernel(x, out, HOW: tl.constexpr):
+    i = tl.arange(0, 256)
+    tl.store(out + i, tl.load(x + i).to(tl.float16, fp_downcast_rounding=HOW))
+
+
+def test_a_conversion_towards_zero():
+    """Triton sets the rounding mode around it and sets it back."""
+    x = torch.randn(256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-8, 4, 256)
+    near, zero = torch.empty(256, dtype=torch.float16), torch.empty(256, dtype=torch.float16)
+    with gfx950.emulate():
+        to_f16_kernel[(1,)](x, near, "rtne")
+        to_f16_kernel[(1,)](x, zero, "rtz")
+    assert torch.equal(near, x.half())
+    assert (zero.float().abs() <= x.abs()).all() and (zero != near).any()
+    beyond = torch.nextafter(zero.float().half(), x.sign().half() * math.inf).float()
+    assert (beyond.abs() > x.abs()).all()

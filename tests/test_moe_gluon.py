@@ -3,9 +3,12 @@ assembly.
 
 The oracle is gptoss.moe_reference with the same activations. Nothing here ran on a gfx950."""
 
+import ast
 import contextlib
+import math
 import pathlib
 import re
+import sys
 import types
 from dataclasses import replace
 from unittest import mock
@@ -14,6 +17,7 @@ import counts
 import pytest
 import torch
 import triton
+from bench_moe import packed_experts
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
@@ -251,14 +255,47 @@ def test_routing(T, E, top_k):
     assert int(packed.arrived) == 0
 
 
-def test_a_token_of_nan_harms_no_other():
-    experts, (x, router_weight, router_bias) = make_experts(8, 64, 32), make_inputs(4, 8, 64)
-    packed = prepare(experts, "mxfp8")
-    with gfx950.emulate():
-        want = moe(x, router_weight, router_bias, packed, 3)
-        x[2] = float("nan")
-        got = moe(x, router_weight, router_bias, packed, 3)
-    assert torch.equal(got[[0, 1, 3]], want[[0, 1, 3]])  # token 2: what saturates, no fault
+def spoiled(name, at, value):
+    """The arguments of a layer with one value replaced in the tensor `name`."""
+
+    def spoil(x, router_weight, router_bias, experts):
+        given = {"x": x, "router_weight": router_weight, "router_bias": router_bias}
+        tensor = (given[name] if name in given else getattr(experts, name)).clone()
+        tensor[at] = value
+        if name in given:
+            return *(given | {name: tensor}).values(), experts
+        return x, router_weight, router_bias, replace(experts, **{name: tensor})
+
+    return spoil
+
+
+NAN = [
+    ("x", (2, 7), math.nan),
+    ("router_weight", (3, 5), math.nan),
+    ("router_bias", 3, math.nan),
+    ("gate_up_bias", (1, 4), math.nan),
+    ("gate_up_bias", (1, 5), math.nan),
+    ("down_bias", (1, 4), math.nan),
+    *(("gate_up_scale", (1, row, 2), byte) for row in (6, 7) for byte in (254, 255)),
+    *(("down_scale", (1, 7, 1), byte) for byte in (254, 255)),
+]
+
+
+@pytest.mark.parametrize("T", [5, 20])
+@pytest.mark.parametrize("activations", ORACLE)
+def test_nan_surfaces_where_the_oracle_has_it(activations, T):
+    """In the same rows and columns, and nowhere else. The scale byte 255 is NaN; 254 makes
+    infinities whose sums are."""
+    H, inner = 96, 64
+    inputs, experts = make_inputs(T, 8, H), make_experts(8, H, inner, activations == "bf16")
+    for name, at, value in NAN:
+        if activations == "bf16" and "scale" in name:
+            continue
+        layer = spoiled(name, at, value)(*inputs, experts)
+        want = gptoss.moe_reference(*layer, 4, activations)
+        with gfx950.emulate():
+            got = moe(*layer[:3], prepare(layer[3], activations), 4)
+        assert want.isnan().any() and torch.equal(got.isnan(), want.isnan()), (name, at, value)
 
 
 def extremes(H):
@@ -427,11 +464,12 @@ def ragged(E, H):
 
 
 def requested(rows, N, K, activations):
-    """Bytes a prefill GEMM asks for: each tile of up to 128 rows its expert's weights, each 256
-    columns the rows."""
+    """Bytes a prefill GEMM asks for: each tile of rows its expert's weights, each panel of columns
+    the rows."""
     f = FORMATS[activations]
     bf16 = f.weights == torch.bfloat16
-    tiles, blocks, columns = sum(-(-r // 128) for r in rows), -(-N // 256), -(-N // 64) * 64
+    tiles = sum(-(-r // moe_gluon.PREFILL_ROWS.value) for r in rows)
+    blocks, columns = -(-N // moe_gluon.PREFILL_COLUMNS.value), -(-N // 64) * 64
     return {
         "w": tiles * columns * (K * 2 if bf16 else K // 2),
         "w_scale": 0 if bf16 else tiles * columns * K // 32,
@@ -567,6 +605,18 @@ def test_nothing_is_read_back_to_the_host(T):
             inputs[0].sum().item()
 
 
+def test_it_imports_nothing_of_ours():
+    """Who ports the kernels takes this one file."""
+    imported = set()
+    for node in ast.walk(ast.parse(pathlib.Path(moe_gluon.__file__).read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.partition(".")[0])
+    assert {"torch", "triton"} == imported - sys.stdlib_module_names
+
+
 # -- public mistakes
 # ------------------------------------------------------------------------------------------------
 
@@ -593,11 +643,20 @@ def test_nothing_past_the_logical_sizes_is_used(T):
     check(got, *inputs, experts, 4, "mxfp8")
 
 
-def test_nothing_is_stored_past_n():
-    """A tile past N = 160 writing into the next row: rows are stored in any order, so some row
-    would be wrong, and the last would leave its tensor, which the emulator faults."""
-    for seed in range(3):
-        run(40, 4, 160, 96, 4, "mxfp8", seed=seed)
+@pytest.mark.parametrize("T, stored", [(3, ("h", "out")), (40, ("h", "weighted", "out"))])
+def test_every_result_is_stored_once(T, stored):
+    """A tile past N = 160 or I = 96 writing into the next row would store there twice, and a tile
+    cut short would leave bytes out."""
+    _, launches = run(T, 4, 160, 96, 4, "mxfp8")
+    written = {
+        name: t
+        for launch in launches
+        for name, t in launch.counters.tensors.items()
+        if t["write"] and name in stored
+    }
+    assert set(written) == set(stored)
+    for name, t in written.items():
+        assert t["write"] == t["write_unique"] == t["size"], name
 
 
 @pytest.mark.parametrize("T", [2, 20])
@@ -825,7 +884,7 @@ def test_the_prefill_loop(activations, kernel, monkeypatch):
 
 @pytest.fixture(scope="module")
 def fp8_layer():
-    return counts.packed_experts("fp8")
+    return packed_experts("fp8")
 
 
 @pytest.mark.parametrize("T, others", [(1, 0.15), (4, 0.14), slow(8, 0.14), slow(16, 0.17)])
@@ -848,8 +907,8 @@ def test_prefill_counters(activations):
     # Least ratios of matrix cycles to LDS reads and to issue, and the most vector work outside the
     # loop; fp4 multiplies twice as fast with the same instructions around it.
     reads, issue, outside = {
-        "fp8": (3.8, 3.3, 0.22),
-        "mxfp8": (3.6, 2.4, 0.25),
+        "fp8": (3.8, 3.3, 0.24),
+        "mxfp8": (3.6, 2.4, 0.26),
         "mxfp4": (2.3, 1.3, 0.47),
         "bf16": (2.6, 2.1, 0.09),
     }[activations]
@@ -874,7 +933,7 @@ def test_prefill_bytes_counters():
 # --------------------------------------------------------------------------------------------------
 
 
-def test_tiny_answers_a_prompt_through_the_kernels(monkeypatch):
+def test_logits_of_tiny_through_the_kernels(monkeypatch):
     """Logits of tiny/ through the kernels against the torch path with the same dtype and
     activations. The kernels may differ from it, at each layer, by the contract's 4e-3; what that
     does to the logits, the torch path itself tells, when noise of that size is added to its layers:

@@ -4,6 +4,7 @@ import itertools
 import sys
 
 import bench_moe
+import counts
 import pytest
 import torch
 from common import TINY
@@ -11,6 +12,15 @@ from common import TINY
 import gfx950
 import moe_gluon
 import weights
+
+
+@pytest.mark.parametrize("experts, top_k, tokens", [(4, 2, 1), (4, 2, 2), (5, 3, 2), (4, 1, 3)])
+def test_expected_experts_is_the_mean_over_all_choices(experts, top_k, tokens):
+    choices = list(itertools.combinations(range(experts), top_k))
+    products = itertools.product(choices, repeat=tokens)
+    counts = [len(set(itertools.chain(*chosen))) for chosen in products]
+    mean = sum(counts) / len(counts)
+    assert bench_moe.expected_experts(experts, top_k, tokens) == pytest.approx(mean)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +76,20 @@ def test_bench_moe(monkeypatch):
     plain = {"tokens", "active experts, pinned", "kernel", "tile", "waves a workgroup"}
     for header, *_ in columns:
         assert header in plain or header.endswith(("measured", "counted", "modelled")), header
+
+
+def test_a_drawing_may_only_differ_in_line_numbers():
+    old = (counts.DOCS / "loop.svg").read_text()
+    assert "moe_gluon.py:" in old
+    assert counts.same_drawing(old.replace("moe_gluon.py:1", "moe_gluon.py:2"), old)
+    assert not counts.same_drawing(old.replace("v_mfma", "v_mul", 1), old)
+
+
+def test_tables_of_another_compiler_are_refused(monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.9.0")
+    monkeypatch.setattr(sys, "argv", ["counts.py", "--check"])
+    with pytest.raises(SystemExit, match=r"triton 3\.7\.1 compiles, this is 3\.9\.0"):
+        counts.main()
 
 
 def test_times_call_every_launcher_with_every_expert(monkeypatch):

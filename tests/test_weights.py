@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import ROOT, TINY, hf_config, make
+from common import (
+    ROOT,
+    TINY,
+    hf_config,
+    make,
+    oracle,
+    prompt_of,
+    random_tensors,
+    relative,
+    to_bf16,
+    to_quark,
+    write,
+)
 from safetensors.torch import load_file, save_file
 
 import weights
@@ -33,6 +45,19 @@ def spoil_tensors(path: Path, change) -> None:
     tensors = load_file(path / "model.safetensors")
     change(tensors)
     save_file(tensors, path / "model.safetensors")
+
+
+def renamed(tensors: dict, old: str, new: str) -> None:
+    """Every name that has `old` gets `new` in its place."""
+    for name in [name for name in tensors if old in name]:
+        tensors[name.replace(old, new, 1) if old else new + name] = tensors.pop(name)
+
+
+def unpacked(tensors: dict) -> None:
+    config = hf_config()
+    full = to_bf16(config, dict(tensors))[1]
+    tensors.clear()
+    tensors.update(full)
 
 
 BIAS = "model.layers.1.mlp.router.bias"
@@ -79,11 +104,46 @@ SPOILED = {
     "model.safetensors: unexpected tensor extra": lambda p: spoil_tensors(
         p, lambda t: t.update(extra=torch.zeros(1))
     ),
-    rf"model.safetensors: tensor {BIAS} is BF16 \[4\], expected BF16 \[5\]": lambda p: (
-        spoil_tensors(p, lambda t: t.update({BIAS: t[BIAS][:4].clone()}))
+    rf"model.safetensors: tensor {BIAS} is BF16 \[4\], expected BF16 or F16 or F32 \[5\]": (
+        lambda p: spoil_tensors(p, lambda t: t.update({BIAS: t[BIAS][:4].clone()}))
     ),
-    rf"tensor {BIAS} is F32 \[5\], expected BF16 \[5\]": lambda p: spoil_tensors(
-        p, lambda t: t.update({BIAS: t[BIAS].float()})
+    rf"tensor {BIAS} is I32 \[5\], expected BF16 or F16 or F32 \[5\]": (
+        lambda p: spoil_tensors(p, lambda t: t.update({BIAS: t[BIAS].int()}))
+    ),
+    "model_type is 'llama', GPT-OSS has 'gpt_oss'": (
+        lambda p: spoil_config(p, lambda c: c.update(model_type="llama"))
+    ),
+    "rope_scaling.rope_type is None, GPT-OSS has 'yarn'": (
+        lambda p: spoil_config(p, lambda c: c["rope_scaling"].pop("rope_type"))
+    ),
+    "rope_scaling.type is 'linear'": (
+        lambda p: spoil_config(p, lambda c: c["rope_scaling"].update(type="linear"))
+    ),
+    "partial_rotary_factor is 0.5": (
+        lambda p: spoil_config(p, lambda c: c.update(partial_rotary_factor=0.5))
+    ),
+    "unknown key logit_softcapping; if it does not change what the model computes, remove it": (
+        lambda p: spoil_config(p, lambda c: c.update(logit_softcapping=30.0))
+    ),
+    "unknown key rope_scaling.long_factor": (
+        lambda p: spoil_config(p, lambda c: c["rope_scaling"].update(long_factor=[1.0]))
+    ),
+    "rope_scaling is 'yarn', expected a table": (
+        lambda p: spoil_config(p, lambda c: c.update(rope_scaling="yarn"))
+    ),
+    "says quant_method mxfp4, but the experts are not packed; .* remove quantization_config": (
+        lambda p: spoil_tensors(p, unpacked)
+    ),
+    "tensor base_model.model.lm_head.weight: .*merge_and_unload": (
+        lambda p: spoil_tensors(p, lambda t: renamed(t, "", "base_model.model."))
+    ),
+    r"tensor layers.0.self_attn.* the names lack `model.`: save GptOssForCausalLM": (
+        lambda p: spoil_tensors(p, lambda t: renamed(t, "model.", ""))
+    ),
+    "gate_up_projs.0.weight: unsloth's names .* save_pretrained_merged": (
+        lambda p: spoil_tensors(
+            p, lambda t: renamed(t, "gate_up_proj_blocks", "gate_up_projs.0.weight")
+        )
     ),
     "no known layout": lambda p: spoil_tensors(
         p, lambda t: [t.pop(n) for n in list(t) if "gate_up_proj" in n]
@@ -234,3 +294,166 @@ def test_openai_layout_falls_to_o200k_harmony(tmp_path, monkeypatch):
     monkeypatch.setattr(weights.tiktoken, "get_encoding", fail)
     with pytest.raises(weights.CheckpointError, match="tokenizer.json: no such file.*no network"):
         weights.load_tokenizer(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# What transformers loads too: logits against it
+
+
+def logits_of(path, **options) -> torch.Tensor:
+    return GPTOSS.from_pretrained(path, **options).logits(prompt_of(60))
+
+
+def oracle_logits(config: dict, tensors: dict) -> torch.Tensor:
+    with torch.no_grad():
+        return oracle(config, tensors)(torch.tensor([prompt_of(60)])).logits[0]
+
+
+@pytest.mark.parametrize("change", [
+    dict(attention_factor=1.4),
+    dict(attention_factor=1.0),
+    dict(mscale=0.7, mscale_all_dim=1.2),
+    dict(mscale=1.0, mscale_all_dim=1.0),
+    dict(mscale=0.7),  # without effect alone
+    dict(mscale=0.7, mscale_all_dim=0.0),
+    dict(factor=1.0),
+    dict(beta_fast=8.0, beta_slow=2.0),
+])  # fmt: skip
+def test_every_kind_of_yarn_equals_transformers(tmp_path, change):
+    config = hf_config(num_hidden_layers=2)
+    config["rope_scaling"] |= change
+    tensors = random_tensors(config, 3)
+    found = logits_of(write(tmp_path, config, tensors))
+    assert relative(found, oracle_logits(config, tensors)) < 1e-4
+    if change not in (dict(mscale=0.7), dict(mscale=0.7, mscale_all_dim=0.0)):
+        plain = write(tmp_path / "plain", hf_config(num_hidden_layers=2), tensors)
+        assert relative(found, logits_of(plain)) > 1e-3  # and the keys matter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("which", ["all", "router"])
+def test_dense_tensors_of_other_dtypes_equal_transformers(tmp_path, dtype, which):
+    """float32 values that bf16 does not have are used as they are."""
+    config = hf_config(num_hidden_layers=2)
+    tensors = random_tensors(config, 4)
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.bfloat16 and (which == "all" or "router" in name):
+            tensors[name] = (tensor.float() * 1.001).to(dtype)
+    found = logits_of(write(tmp_path, config, tensors))
+    assert relative(found, oracle_logits(config, tensors)) < 1e-4
+
+
+def test_float32_experts_equal_transformers(tmp_path):
+    config, tensors = to_bf16(hf_config(), random_tensors(hf_config(), 5))
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    found = logits_of(write(tmp_path, config, tensors))
+    assert relative(found, oracle_logits(config, tensors)) < 1e-4
+
+
+def test_the_index_decides_where_a_tensor_is_repeated(tmp_path):
+    path = make(tmp_path, shards=3)
+    want = logits_of(path)
+    weight_map = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = next(file for file in weight_map.values() if file != weight_map[BIAS])
+    tensors = load_file(path / shard)
+    save_file(tensors | {BIAS: torch.ones(5).bfloat16()}, path / shard)
+    assert torch.equal(logits_of(path), want)
+
+
+def test_an_adapter_beside_the_model_is_left_alone(tmp_path):
+    path = make(tmp_path)
+    save_file(
+        {"base_model.model.x.lora_A.weight": torch.zeros(1)}, path / "adapter_model.safetensors"
+    )
+    assert weights.load(path).layout == "hf-mxfp4"
+
+
+# --------------------------------------------------------------------------------------------------
+# Quark
+
+
+def quark(path, change=lambda config, tensors: None):
+    config, tensors = to_quark(hf_config(), random_tensors(hf_config(), 6))
+    change(config, tensors)
+    return write(path, config, tensors)
+
+
+def without_scales(config, tensors):
+    for name in [name for name in tensors if name.endswith("input_scale")]:
+        del tensors[name]
+
+
+def test_scales_of_a_quantised_cache_are_without_effect(tmp_path):
+    def add(config, tensors):
+        for name in ("k_proj.output_scale", "v_proj.output_scale", "k_scale", "v_scale"):
+            tensors[f"model.layers.0.self_attn.{name}"] = torch.tensor(0.5)
+
+    plain, scaled = quark(tmp_path / "plain"), quark(tmp_path / "scaled", add)
+    assert torch.equal(logits_of(plain), logits_of(scaled))
+
+
+@pytest.mark.parametrize("inputs, activations", [
+    (None, "bf16"),
+    (dict(dtype="fp4", qscheme="per_group", group_size=32, is_dynamic=True), "mxfp4"),
+])  # fmt: skip
+def test_quark_without_static_scales(tmp_path, inputs, activations):
+    def change(config, tensors):
+        without_scales(config, tensors)
+        config["quantization_config"]["global_quant_config"]["input_tensors"] = inputs
+
+    model = GPTOSS.from_pretrained(quark(tmp_path, change))
+    assert (model.layout, model.activations) == ("quark", activations)
+    plain = GPTOSS.from_pretrained(make(tmp_path / "hf", seed=6), activations=activations)
+    assert torch.equal(model.logits(prompt_of(20)), plain.logits(prompt_of(20)))
+
+
+def test_quark_fp8_needs_its_scales(tmp_path):
+    with pytest.raises(weights.CheckpointError, match="missing tensor .*input_scale"):
+        weights.load(quark(tmp_path, without_scales))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
+def test_impossible_input_scales_are_named(tmp_path, scale):
+    name = "model.layers.1.mlp.experts.2.down_proj.input_scale"
+    path = quark(tmp_path, lambda config, tensors: tensors.update({name: torch.tensor(scale)}))
+    with pytest.raises(weights.CheckpointError, match=f"{name} is {scale}, expected a positive"):
+        weights.load(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders and stop tokens
+
+
+@pytest.mark.parametrize("make_path, message", [
+    (lambda t: t / "nowhere", "nowhere: no such folder; a checkpoint is a folder with config.json"),
+    (lambda t: "openai/gpt-oss-20b", "hf download openai/gpt-oss-20b --local-dir gpt-oss-20b"),
+    (lambda t: make(t) / "config.json", "config.json: a file; a checkpoint is a folder"),
+    (lambda t: gguf(t), "holds GGUF files"),
+])  # fmt: skip
+def test_what_is_no_checkpoint_is_said_before_any_network(
+    tmp_path, monkeypatch, make_path, message
+):
+    asked = []
+    monkeypatch.setattr(weights.tiktoken, "get_encoding", asked.append)
+    path = make_path(tmp_path)
+    for call in (weights.load, weights.load_tokenizer):
+        with pytest.raises(weights.CheckpointError, match=message):
+            call(path)
+    assert not asked
+
+
+def gguf(path):
+    (path / "gpt-oss-20b.gguf").write_bytes(b"GGUF")
+    return path
+
+
+def test_stop_tokens_come_from_every_file(tmp_path):
+    path = make(tmp_path)
+    assert weights.load(path).stop_tokens == frozenset()
+    spoil_config(path, lambda c: c.update(eos_token_id=[96, 95]))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [94, 96]}))
+    raw = json.loads((TINY / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(raw))
+    ends = {t["id"] for t in raw["added_tokens"] if t["content"] in weights.ENDS}
+    assert len(ends) == 3 and weights.load(path).stop_tokens == {94, 95, 96} | ends
+    assert GPTOSS.from_pretrained(path).stop_tokens == {94, 95, 96} | ends

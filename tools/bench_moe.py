@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import gfx950
 import moe_gluon
 import weights
-from bench import device_name, expected_experts, table
+from bench import device_name, table
 from weights import Config
 
 # MI355X (AMD's data sheet): bytes/s, and dense FLOP/s by the wider operand of the matrix
@@ -36,11 +36,41 @@ MI355_FLOPS = {"bf16": 2.5e15, "fp8": 5.0e15, "mxfp8": 5.0e15, "mxfp4": 10.1e15}
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 512, 1024, 4096, 8192)  # tokens of a layer
 
 
+def expert_bytes(values: int, activations: str) -> int:
+    """Of so many values of an expert's weights: bf16, or two e2m1 codes a byte and a scale byte for
+    32."""
+    return values * 2 if activations == "bf16" else values * 17 // 32
+
+
+def packed_experts(activations: str, experts: int = 128, H: int = 2880, inner: int = 2880):
+    """Made-up experts of one layer, as the kernels read them."""
+    config = replace(
+        weights.published("120b"),
+        num_hidden_layers=1,
+        layer_types=("full_attention",),
+        vocab_size=1,
+        num_local_experts=experts,
+        num_experts_per_tok=min(4, experts),
+        hidden_size=H,
+        intermediate_size=inner,
+    )
+    layout = "hf-bf16" if activations == "bf16" else "openai"
+    made = weights.random(config, layout).experts[0]
+    made = replace(made, gate_up_input_scale=0.02, down_input_scale=0.01)
+    return moe_gluon.prepare(made, activations)
+
+
+def expected_experts(experts: int, top_k: int, tokens: int) -> float:
+    """Distinct experts that `tokens` tokens choose, on average, if they choose evenly and
+    independently."""
+    return experts * (1 - (1 - top_k / experts) ** tokens)
+
+
 def layer_floor(config: Config, activations: str, tokens: int, active: int) -> dict:
     """What one MoE layer cannot do without: its active experts' weights (without biases), its FLOP,
     and the us of an MI355 for the slower of the two."""
     values = 3 * config.hidden_size * config.intermediate_size  # of an expert
-    size = active * values * 2 if activations == "bf16" else active * values * 17 // 32
+    size = active * expert_bytes(values, activations)
     flop = 2 * tokens * config.num_experts_per_tok * values
     return {
         "weight_bytes": size,

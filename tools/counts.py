@@ -1,10 +1,12 @@
-"""Prints the tables of docs/kernels.md and docs/emulator.md, and writes them there.
+"""Prints the tables of docs/kernels.md and docs/emulator.md, and writes them and docs/loop.svg.
 
     python tools/counts.py              writes every table (six minutes on two cores)
     python tools/counts.py --check      compares the cheap ones; exit 1 if one differs
 
 A table stands between `<!-- counts: NAME -->` and `<!-- end -->`. All are counted by the emulator
-or modelled from its counts; KB and MB are powers of 1,000."""
+or modelled from its counts; KB and MB are powers of 1,000. They depend on the compiler, so that
+another Triton than the one in requirements.txt is refused. The drawing is compared but for the
+numbers of source lines, which every edit moves."""
 
 import argparse
 import collections
@@ -13,42 +15,28 @@ import re
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+import triton
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import draw_loop
+from bench_moe import expert_bytes, packed_experts
+
 import gfx950
 import moe_gluon
-import weights
 from bench import table
 from gfx950 import isa
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+ROWS, COLUMNS = moe_gluon.PREFILL_ROWS.value, moe_gluon.PREFILL_COLUMNS.value
 
 # --------------------------------------------------------------------------------------------------
 # Layers of the 120b model
-
-
-def packed_experts(activations: str, experts: int = 128, H: int = 2880, inner: int = 2880):
-    """Made-up experts of one layer, as the kernels read them."""
-    config = replace(
-        weights.published("120b"),
-        num_hidden_layers=1,
-        layer_types=("full_attention",),
-        vocab_size=1,
-        num_local_experts=experts,
-        num_experts_per_tok=min(4, experts),
-        hidden_size=H,
-        intermediate_size=inner,
-    )
-    layout = "hf-bf16" if activations == "bf16" else "openai"
-    made = weights.random(config, layout).experts[0]
-    made = replace(made, gate_up_input_scale=0.02, down_input_scale=0.01)
-    return moe_gluon.prepare(made, activations)
 
 
 def inputs(T: int, E: int, H: int) -> tuple:
@@ -57,11 +45,6 @@ def inputs(T: int, E: int, H: int) -> tuple:
     x = torch.randn(T, H, generator=g) * torch.randn(T, 1, generator=g).exp()
     router = torch.randn(E, H, generator=g) * H**-0.5
     return x.bfloat16(), router.bfloat16(), torch.zeros(E, dtype=torch.bfloat16)
-
-
-def expert_bytes(N: int, K: int, activations: str) -> float:
-    """Of one expert's weight [N, K]: bf16, or two e2m1 codes a byte and a scale byte for 32."""
-    return N * K * (2 if activations == "bf16" else 17 / 32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -74,7 +57,9 @@ def decode(T: int, activations: str, packed) -> dict:
         routing = moe_gluon.gating_gemm(*inputs(T, 128, 2880), packed, 4)
         moe_gluon.combine(*moe_gluon.dispatch_swiglu(routing, packed), routing, packed)
     active = int(routing.num_tiles)
-    least = active * sum(expert_bytes(w.N, w.K, activations) for w in (packed.gate_up, packed.down))
+    least = active * sum(
+        expert_bytes(w.N * w.K, activations) for w in (packed.gate_up, packed.down)
+    )
     requested, flight = collections.Counter(), {}
     for launch in gpu.launches:
         for name, t in launch.counters.tensors.items():
@@ -224,13 +209,13 @@ def order_kernel(out, tiles, num_tiles, g: gl.constexpr):
     tile, _, count, column = moe_gluon.tile_of_program(tiles, num_tiles, g)
     out += 3 * gl.program_id(0)
     gl.store(out, tile)
-    gl.store(out + 1, column // 256)
+    gl.store(out + 1, column)
     gl.store(out + 2, count)
 
 
 def order(tiles, N):
-    """(tile, block of 256 columns) that the workgroups of each chiplet take, in order."""
-    blocks = -(-N // 256)
+    """(tile, block of columns) that the workgroups of each chiplet take, in order."""
+    blocks = -(-N // COLUMNS)
     programs = torch.empty(-(-tiles * blocks // 8) * 8, 3, dtype=torch.int32)
     listed = torch.stack(
         [torch.arange(tiles), torch.zeros(tiles), torch.ones(tiles), torch.zeros(tiles)], 1
@@ -243,7 +228,9 @@ def order(tiles, N):
             moe_gluon.Slices(128, N, "e4m3", False, "e2m1", 2),
             num_warps=1,
         )
-    chiplets = [[(t, b) for t, b, count in programs[i::8].tolist() if count] for i in range(8)]
+    chiplets = [
+        [(t, n // COLUMNS) for t, n, count in programs[i::8].tolist() if count] for i in range(8)
+    ]
     # all, once
     assert sorted(sum(chiplets, [])) == [(t, b) for t in range(tiles) for b in range(blocks)]
     return chiplets
@@ -257,11 +244,11 @@ def prefill_bytes(T: int) -> list[dict]:
     g = torch.Generator().manual_seed(0)
     chosen = torch.rand(T, 128, generator=g).topk(4).indices.flatten()
     rows = chosen.bincount(minlength=128).tolist()
-    tiles = [(e, min(128, r - i)) for e, r in enumerate(rows) for i in range(0, r, 128)]
+    tiles = [(e, min(ROWS, r - i)) for e, r in enumerate(rows) for i in range(0, r, ROWS)]
     found = []
     for name, N, K in (("gate_up", 5760, 2880), ("down", 2880, 2880)):
-        blocks = -(-N // 256)
-        columns = [min(256, N - 256 * b) for b in range(blocks)]
+        blocks = -(-N // COLUMNS)
+        columns = [min(COLUMNS, N - COLUMNS * b) for b in range(blocks)]
         read_columns = read_rows = 0  # from memory
         for chiplet in order(len(tiles), N):
             for i in range(0, len(chiplet), 64):
@@ -273,7 +260,7 @@ def prefill_bytes(T: int) -> list[dict]:
             {
                 "tokens": T,
                 "gemm": name,
-                "weights": 128 * expert_bytes(N, K, "fp8") / 1e6,
+                "weights": 128 * expert_bytes(N * K, "fp8") / 1e6,
                 "requested": len(tiles) / 128,
                 "from_memory": read_columns / 128 / N,
                 "x": x / 1e6,
@@ -324,7 +311,16 @@ TABLES: dict[str, tuple[Callable[[], str], bool]] = {
 MARK = re.compile(r"<!-- counts: (.*?) -->\n(.*?)<!-- end -->", re.S)
 
 
+def same_drawing(a: str, b: str) -> bool:
+    """Whether two drawings differ in nothing but the numbers of source lines."""
+    line = re.compile(r"moe_gluon\.py:\d+")
+    return line.sub("", a) == line.sub("", b)
+
+
 def main() -> int:
+    pinned = re.search(r"^triton==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
+    if triton.__version__ != pinned:
+        sys.exit(f"docs/ holds what triton {pinned} compiles, this is {triton.__version__}")
     parser = argparse.ArgumentParser(description="Write or check the tables of docs/.")
     parser.add_argument("--check", action="store_true", help="compare the cheap tables, write none")
     args, wrong = parser.parse_args(), 0
@@ -344,6 +340,12 @@ def main() -> int:
             text = text.replace(mark + old, mark + new)
         if not args.check:
             file.write_text(text)
+    drawing, file = draw_loop.drawing(), DOCS / "loop.svg"
+    if not args.check:
+        file.write_text(drawing)
+    elif not same_drawing(drawing, file.read_text()):
+        print("docs/loop.svg is not what tools/draw_loop.py draws: run it")
+        wrong = 1
     return wrong
 
 

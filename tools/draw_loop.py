@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from counts import packed_experts
+from bench_moe import packed_experts
 
 import gfx950
 import moe_gluon
@@ -185,6 +185,29 @@ def draw(launch, what):
     )
 
 
+def drawing(
+    kernel="dispatch",
+    activations="mxfp8",
+    tokens=512,
+    hidden=2880,
+    inner=128,
+    experts=2,
+    workgroup=0,
+):
+    """Emulates a layer of made-up experts -> the SVG of its first looping kernel so named."""
+    torch.manual_seed(0)
+    with gfx950.emulate(trace=workgroup) as gpu:
+        moe_gluon.moe(*problem(tokens, hidden, inner, experts, activations))
+    loops = [x for x in gpu.launches if (loop := x.counters.loop()) and loop["cycles"]["matrix"]]
+    if not (named := [x for x in loops if kernel in x.name]):
+        raise SystemExit(
+            f"only {[x.name for x in loops]} loop over matrix instructions, no kernel like "
+            f"{kernel!r}"
+        )
+    what = f"{activations}, {tokens} tokens, {experts} experts, {hidden} x {inner}"
+    return draw(named[0], what)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--activations", default="mxfp8", choices=moe_gluon.FORMATS)
@@ -200,23 +223,9 @@ def main():
         parser.add_argument(
             f"--{name}", type=type(default), default=default, help=f"default: {default}"
         )
-    a = parser.parse_args()
-    torch.manual_seed(0)
-    with gfx950.emulate(trace=a.workgroup) as gpu:
-        moe_gluon.moe(*problem(a.tokens, a.hidden, a.inner, a.experts, a.activations))
-    loops = [x for x in gpu.launches if (loop := x.counters.loop()) and loop["cycles"]["matrix"]]
-    if not (named := [x for x in loops if a.kernel in x.name]):
-        raise SystemExit(
-            f"only {[x.name for x in loops]} loop over matrix instructions, no kernel like "
-            f"{a.kernel!r}"
-        )
-    with open(a.out, "w") as f:
-        f.write(
-            draw(
-                named[0],
-                f"{a.activations}, {a.tokens} tokens, {a.experts} experts, {a.hidden} x {a.inner}",
-            )
-        )
+    options = vars(parser.parse_args())
+    out = Path(options.pop("out"))
+    out.write_text(drawing(**options))
 
 
 if __name__ == "__main__":
