@@ -20,14 +20,6 @@ import weights
 from gptoss import EQUATIONS
 
 BF16, FLOAT = torch.bfloat16, torch.float32
-OPS = gptoss.Ops(
-    prepare=ops_triton.prepare,
-    plan=ops_triton.plan,
-    add_norm=ops_triton.add_norm,
-    attention=ops_triton.attention,
-    moe=ops_triton.moe,
-    capturable=ops_triton.capturable,
-)
 MODES = [("lazy", "lockstep"), ("eager", "skew"), ("random", "random")]
 modes = pytest.mark.parametrize("timing, schedule", MODES)
 
@@ -88,17 +80,9 @@ class Case:
         lengths = [c + n for c, n in zip(cached, new, strict=True)]
         pages = sum(sum(gptoss.pages_needed(self.config, n, page).values()) for n in lengths)
         cache = gptoss.KVCache(self.config, pages, page, "cpu", dtype)
-        tables = [cache.allocate(n) for n in lengths]
-        positions = [
-            list(range(c, c + n)) + [-1] * (max(new) - n) for c, n in zip(cached, new, strict=True)
-        ]
-        cut = {
-            kind: torch.tensor(
-                [(table[kind] + [0] * width)[:width] for table in tables], dtype=torch.int32
-            )
-            for kind, width in gptoss.pages_needed(self.config, max(lengths), page).items()
-        }
-        self.step = gptoss.Step(torch.tensor(positions, dtype=torch.int32), cut, page)
+        tables = [cache.allocate(n, {}) for n in lengths]
+        positions = [list(range(c, n)) for c, n in zip(cached, lengths, strict=True)]
+        self.step = cache.step(positions, tables)
         self.pool = normal(*cache.pool[0].shape, seed=seed, dtype=dtype)
         T = self.step.positions.numel()
         self.qkv = normal(T, (N + 2 * G) * D, seed=seed + 1, dtype=dtype)
@@ -523,13 +507,12 @@ def test_swiglu_limit():
 # -- the whole ------------------------------------------------------------------------------------
 
 
-def test_the_tiny_model_says_what_the_equations_say(monkeypatch):
+def test_the_tiny_model_says_what_the_equations_say():
     """Prompts and their greedy tokens through the engine, every kernel emulated."""
     prompts = [prompt_of(9, 200), prompt_of(3, 200, seed=1)]
     want = gptoss.GPTOSS.from_pretrained(TINY, ops="torch", dtype=FLOAT)
-    monkeypatch.setattr(gptoss, "choose_ops", lambda *_: OPS)
-    model = gptoss.GPTOSS.from_pretrained(TINY, dtype=FLOAT)
     with gfx950.emulate():
+        model = gptoss.GPTOSS.from_pretrained(TINY, ops="triton", dtype=FLOAT)
         logits = model.logits(prompts[0])
         tokens = model.generate(prompts, 3, page_size=4, stop_tokens=())
     # a layer's sums are SAME_SUMS apart, and what they are sums of as well
