@@ -723,24 +723,24 @@ def sort_kernel(
 
 @triton.jit
 def mx_load(
-    inputs, live, data, scales, n, b, K: tl.constexpr, BLOCKS: tl.constexpr, KB: tl.constexpr,
+    inputs, live, data, scales, n, b, end, K: tl.constexpr, BLOCKS: tl.constexpr, KB: tl.constexpr,
     NB: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Blocks b to b + KB of K: words and scales of NB blocks of rows from n * NB on, of BLOCKS in
-    all, and the inputs of the pairs. MASKED: some of the blocks of K do not exist."""
+    all, and the inputs of the pairs. MASKED: none of the blocks from `end` on."""
     block = b + tl.arange(0, KB)[:, None]
     word = n * (NB * 128) + tl.arange(0, NB * 128)[None, :]
     lane = n * (NB * 32) + tl.arange(0, NB * 32)[None, :]
     words, lanes = data + block * (BLOCKS * 128) + word, scales + block * (BLOCKS * 8) + lane // 4
     if MASKED or BLOCKS % NB:
-        words = tl.load(words, mask=(word < BLOCKS * 128) & (block * 64 < K), other=0)
-        lanes = tl.load(lanes, mask=(lane < BLOCKS * 32) & (block * 64 < K), other=0)
+        words = tl.load(words, mask=(word < BLOCKS * 128) & (block < end), other=0)
+        lanes = tl.load(lanes, mask=(lane < BLOCKS * 32) & (block < end), other=0)
     else:
         words, lanes = tl.load(words), tl.load(lanes)
     k = b * 64 + tl.arange(0, KB * 64)[None, :]
     there = live[:, None]
     if MASKED or K % 64:
-        there &= k < K
+        there &= k < min(end * 64, K)
     return words, lanes, tl.load(inputs[:, None] + k, mask=there, other=0.0)
 
 
@@ -792,13 +792,13 @@ def expert_kernel(
         REST: tl.constexpr = K_BLOCKS - STEPS * KB
         if REST > 0:
             RB: tl.constexpr = triton.next_power_of_2(REST)
-            last = live & (z == SPLIT - 1)
+            rest_end = tl.where(z == SPLIT - 1, K_BLOCKS, 0)
             words, lanes, tokens = mx_load(
-                inputs, last, data, scales, n, STEPS * KB, K, BLOCKS, RB, NB, RB > REST
+                inputs, live, data, scales, n, STEPS * KB, rest_end, K, BLOCKS, RB, NB, True
             )
         end = min((z + 1) * SHARE, STEPS) * KB
         for b in tl.range(z * SHARE * KB, end, KB, num_stages=STAGES):
-            w, s, x_tile = mx_load(inputs, live, data, scales, n, b, K, BLOCKS, KB, NB, False)
+            w, s, x_tile = mx_load(inputs, live, data, scales, n, b, end, K, BLOCKS, KB, NB, False)
             acc = mx_dot(acc, w, s, x_tile, KB, NB, WIDE, HIP)
         if REST > 0:
             acc = mx_dot(acc, words, lanes, tokens, RB, NB, WIDE, HIP)

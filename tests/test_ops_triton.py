@@ -1,9 +1,11 @@
 """ops_triton.py under gfx950.emulate(): compiled by this environment's Triton for a gfx950 and
 executed from the assembly, against the equations of gptoss.py. Nothing here ran on a GPU."""
 
+import json
 import math
 from dataclasses import replace
 
+import bench_ops
 import compile_ops
 import pytest
 import torch
@@ -18,14 +20,6 @@ import weights
 from gptoss import EQUATIONS
 
 BF16, FLOAT = torch.bfloat16, torch.float32
-OPS = gptoss.Ops(
-    prepare=ops_triton.prepare,
-    plan=ops_triton.plan,
-    add_norm=ops_triton.add_norm,
-    attention=ops_triton.attention,
-    moe=ops_triton.moe,
-    capturable=ops_triton.capturable,
-)
 MODES = [("lazy", "lockstep"), ("eager", "skew"), ("random", "random")]
 modes = pytest.mark.parametrize("timing, schedule", MODES)
 
@@ -86,17 +80,9 @@ class Case:
         lengths = [c + n for c, n in zip(cached, new, strict=True)]
         pages = sum(sum(gptoss.pages_needed(self.config, n, page).values()) for n in lengths)
         cache = gptoss.KVCache(self.config, pages, page, "cpu", dtype)
-        tables = [cache.allocate(n) for n in lengths]
-        positions = [
-            list(range(c, c + n)) + [-1] * (max(new) - n) for c, n in zip(cached, new, strict=True)
-        ]
-        cut = {
-            kind: torch.tensor(
-                [(table[kind] + [0] * width)[:width] for table in tables], dtype=torch.int32
-            )
-            for kind, width in gptoss.pages_needed(self.config, max(lengths), page).items()
-        }
-        self.step = gptoss.Step(torch.tensor(positions, dtype=torch.int32), cut, page)
+        tables = [cache.allocate(n, {}) for n in lengths]
+        positions = [list(range(c, n)) for c, n in zip(cached, lengths, strict=True)]
+        self.step = cache.step(positions, tables)
         self.pool = normal(*cache.pool[0].shape, seed=seed, dtype=dtype)
         T = self.step.positions.numel()
         self.qkv = normal(T, (N + 2 * G) * D, seed=seed + 1, dtype=dtype)
@@ -417,6 +403,17 @@ def test_moe_same_bits_under_every_timing_and_schedule(T):
     assert all(torch.equal(first, other) for other in rest)
 
 
+def test_decode_reads_the_active_experts_once_and_no_other():
+    experts, inputs = make_experts(9, 160, 96), make_inputs(3, 9, 160)
+    packed = ops_triton.prepare(experts, "bf16")
+    with gfx950.emulate() as gpu:
+        ops_triton.moe(*inputs, packed, 2)
+    active = len(gptoss.gating(*inputs, 2).counts)
+    assert active < 9
+    for launch, weight in zip(gpu.launches[1:], (packed.gate_up, packed.down), strict=True):
+        assert launch.counters.tensors["data"]["read"] == weight.data[:active].nbytes
+
+
 def test_bf16_weights_of_any_size():
     check_moe(make_inputs(3, 4, 33), make_experts(4, 33, 13, bf16=True), 2)
     check_moe(make_inputs(20, 4, 33), make_experts(4, 33, 13, bf16=True), 2)
@@ -510,19 +507,27 @@ def test_swiglu_limit():
 # -- the whole ------------------------------------------------------------------------------------
 
 
-def test_the_tiny_model_says_what_the_equations_say(monkeypatch):
+def test_the_tiny_model_says_what_the_equations_say():
     """Prompts and their greedy tokens through the engine, every kernel emulated."""
     prompts = [prompt_of(9, 200), prompt_of(3, 200, seed=1)]
     want = gptoss.GPTOSS.from_pretrained(TINY, ops="torch", dtype=FLOAT)
-    monkeypatch.setattr(gptoss, "choose_ops", lambda *_: OPS)
-    model = gptoss.GPTOSS.from_pretrained(TINY, dtype=FLOAT)
     with gfx950.emulate():
+        model = gptoss.GPTOSS.from_pretrained(TINY, ops="triton", dtype=FLOAT)
         logits = model.logits(prompts[0])
         tokens = model.generate(prompts, 3, page_size=4, stop_tokens=())
     # a layer's sums are SAME_SUMS apart, and what they are sums of as well
     layers = want.config.num_hidden_layers
     assert relative(logits, want.logits(prompts[0])) < 2 * layers * SAME_SUMS
     assert tokens == want.generate(prompts, 3, page_size=4, stop_tokens=())
+
+
+def test_the_bench_runs_all_operations(capsys):
+    assert bench_ops.main(["--model", "tiny", "--tokens", "2"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
+    assert {row["op"].split()[0] for row in rows if "op" in row} == {
+        "add_norm", "attention", "moe", "F.linear", "linear_kernel",
+    }  # fmt: skip
+    assert all(row["error"] < TWO_ROUNDINGS * 1.5 for row in rows if row.get("error"))
 
 
 # -- compilers ------------------------------------------------------------------------------------

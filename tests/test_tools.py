@@ -5,6 +5,7 @@ import sys
 
 import bench_moe
 import counts
+import peer_gpu
 import pytest
 import torch
 from common import TINY
@@ -115,3 +116,14 @@ def test_peers_that_are_not_installed_are_named(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     names = [line.split(":")[1] for line in lines]
     assert names == [" without triton_kernels", " without tokenspeed"]
+
+
+def test_a_peer_model_that_is_not_installed_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "triton_kernels", None)
+    monkeypatch.setitem(sys.modules, "gpt_oss", None)
+    assert peer_gpu.main(["--model", "20b"]) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("peer_gpu: without triton_kernels, gpt_oss: pip install --no-deps ")
+    assert "gpt-oss==0.0.9 tokenspeed-triton-kernels==1.0.0.post20260510" in line
+    assert captured.out == ""
