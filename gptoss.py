@@ -1123,21 +1123,26 @@ def parse_header(header: str, role: bool, complete: bool) -> Message:
     """The message that follows a header, without its text, but for words of the header that belong
     nowhere else. role: the header begins with one, after <|start|>. complete: <|message|> followed;
     else the model left the marker out and what is not the channel is its text."""
-    if role:
-        header = re.sub(r"^\s*assistant\b", "", header)
-    words, mark, rest = header.partition("<|channel|>")
-    channel = re.match(r"[^\s<]*", rest).group()
-    words += rest[len(channel) :]
+    assistant = re.match(r"\s*assistant(?![^\s<])", header) if role or complete else None
+    words, mark, rest = header[assistant.end() if assistant else 0 :].partition("<|channel|>")
+    name = re.match(r"\s+(?:analysis|commentary|final)(?![^\s<])|[^\s<]*", rest).group()
+    words, channel = words + rest[len(name) :], name.strip() or None
     if not complete:
-        return Message(channel or None, None, None, words.strip())
+        return Message(channel, None, None, words.strip())
     parts = re.sub(r"<\|constrain\|>\s*", " <|constrain|>", words).split()
     types = [part for part in parts if part.startswith("<|constrain|>")]
     parts = [part for part in parts if part not in types]
-    if len(parts) > 1 and not types and not parts[-1].startswith("to="):
-        types = [parts.pop()]  # a type without <|constrain|> comes after a recipient
-    recipient = parts.pop().removeprefix("to=") if parts else None
+    named = [index for index, part in enumerate(parts) if part.startswith("to=")]
+    # A word without to= is a recipient only in a header that is otherwise well-formed.
+    well_formed = (assistant or not role) and (channel or not mark) and len(parts + types) <= 2
+    recipient = None
+    if named or parts and well_formed:
+        index = named[-1] if named else 0
+        recipient = parts.pop(index).removeprefix("to=")
+        if not types and len(parts[index:]) == 1:  # a type without <|constrain|> comes behind it
+            types = [parts.pop()]
     left = "".join(f"{part} " for part in [*parts, *types[1:]])
-    return Message(channel or None, recipient, types[0] if types else None, left)
+    return Message(channel, recipient, types[0] if types else None, left)
 
 
 class Reader:
@@ -1168,7 +1173,7 @@ class Reader:
                 return piece
             self.header += self.bytes_of(token)
             return None
-        if name in ("<|end|>", "<|return|>", "<|call|>"):
+        if name in ("<|end|>", *weights.ENDS):
             return self.close()
         return self.give(self.decoder.decode(self.bytes_of(token)))
 

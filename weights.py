@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import tiktoken
 import torch
@@ -110,23 +111,19 @@ class Config:
         """From a parsed config.json. Raises CheckpointError naming the key that is missing or
         contradictory."""
         check_keys(raw, source)
-        values = {}
+        values, types = {}, get_type_hints(cls)
         for field in dataclasses.fields(cls):
             paths = field.metadata["paths"]
             found = {path: v for path in paths if (v := lookup(raw, path)) is not None}
             value = next(iter(found.values())) if found else cls.unstated(field.name, raw, values)
-            if any(other != value for other in found.values()):
-                raise CheckpointError(f"{source}: contradictory keys: {found}")
-            types = {int: int, float: (int, float)}.get(field.type)
             if value is None:
                 raise CheckpointError(f"{source}: missing key {' or '.join(paths)}")
-            if types is None:
-                value = (value,) if isinstance(value, int) else tuple(value)
-            elif isinstance(value, bool) or not isinstance(value, types) or value <= 0:
-                raise CheckpointError(
-                    f"{source}: {paths[0]} is {value!r}, expected a positive {field.type.__name__}"
-                )
-            values[field.name] = value
+            values[field.name], expected = typed(value, types[field.name])
+            if values[field.name] is None:
+                path = next(iter(found), paths[0])
+                raise CheckpointError(f"{source}: {path} is {value!r}, expected {expected}")
+            if any(other != value for other in found.values()):
+                raise CheckpointError(f"{source}: contradictory keys: {found}")
         c = cls(**values)
         for wrong, message in (
             (
@@ -134,6 +131,7 @@ class Config:
                 "num_key_value_heads does not divide num_attention_heads",
             ),
             (c.head_dim % 2, "head_dim is odd, rotary embedding needs halves"),
+            (c.rope_theta <= 1, "rope_theta is not above 1, so no pair turns slower than another"),
             (
                 c.num_experts_per_tok > c.num_local_experts,
                 "num_experts_per_tok exceeds num_local_experts",
@@ -167,6 +165,19 @@ class Config:
         return {"rms_norm_eps": 1e-5, "eos_token_id": (200002, 199999, 200012)}.get(name)
 
 
+def typed(value, kind) -> tuple:
+    """`value` as a field of Config of type `kind`, or None where it is no such thing, and what was
+    expected. Numbers are positive and finite; one item may stand for a list of one."""
+    if kind in (int, float):
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        fits = number and 0 < value < math.inf
+        return value if fits else None, f"a positive {kind.__name__}"
+    item = get_args(kind)[0]
+    items = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    fits = all(type(i) is item for i in items)
+    return items if fits else None, f"a list of {item.__name__}"
+
+
 def check_keys(raw: dict, source: str) -> None:
     """Raises CheckpointError for a key that says something else than what is computed here, or of
     which nothing is known."""
@@ -189,7 +200,20 @@ def check_keys(raw: dict, source: str) -> None:
             if not any(key in rope for key in keys):
                 path = f"{table}.{keys[0]}"
                 raise CheckpointError(wrong.format(source, path, None, ROPE[keys[0]]))
+        for key in ("mscale", "mscale_all_dim"):
+            if rope.get(key) and typed(rope[key], float)[0] is None:
+                raise CheckpointError(
+                    f"{source}: {table}.{key} is {rope[key]!r}, expected a positive float"
+                )
         known |= {table} | {f"{table}.{key}" for key in (*ROPE, "mscale", "mscale_all_dim")}
+    # transformers reads rope_scaling alone where both are; here they must say the same.
+    old, new = (raw.get(table) or {} for table in ("rope_scaling", "rope_parameters"))
+    differing = [key for key in old | new if old.get(key) != new.get(key) and key != "rope_theta"]
+    if old and new and differing:
+        raise CheckpointError(
+            f"{source}: contradictory keys: rope_scaling and rope_parameters differ in "
+            f"{differing[0]}"
+        )
     stated = [key for key, value in raw.items() if value is not None]
     nested = [f"{t}.{key}" for t in ("rope_scaling", "rope_parameters") for key in raw.get(t) or ()]
     if unknown := [key for key in stated + nested if key not in known]:
@@ -374,7 +398,7 @@ MARKS = {
 
 # Scales for a quantised KV cache, which this engine does not have: without effect on what is
 # computed in the model's dtype.
-CACHE_SCALES = r"\.self_attn\.([kv]_proj\.output_scale|(attn\.)?[kv]_scale)$"
+CACHE_SCALES = r"\.self_attn\.([kv]_proj\.(output|[kv])_scale|(attn\.)?[kv]_scale)$"
 # Names that other tools write, and what to do about them.
 REMEDIES = {
     r"^base_model\.model\.|\.lora_[AB]\.": (
@@ -471,31 +495,41 @@ def load(path: str | Path) -> Checkpoint:
 
 def check_folder(path: Path) -> None:
     """Raises CheckpointError for what cannot be a checkpoint's folder, saying what to do."""
+    gguf = "GGUF is not read here; download the *.safetensors checkpoint, openai/gpt-oss-20b say"
     if path.is_file():
-        raise CheckpointError(f"{path}: a file; a checkpoint is a folder, name the one it lies in")
+        remedy = "a checkpoint is a folder, name the one it lies in"
+        raise CheckpointError(f"{path}: a file; {gguf if path.suffix == '.gguf' else remedy}")
     if not path.exists():
         remedy = "a checkpoint is a folder with config.json and *.safetensors"
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
             remedy = f"to have it from Hugging Face: hf download {path} --local-dir {path.name}"
         raise CheckpointError(f"{path}: no such folder; {remedy}")
-    if not (path / "config.json").exists() and any(path.glob("*.gguf")):
-        raise CheckpointError(
-            f"{path}: holds GGUF files, which are not read here; download the *.safetensors "
-            "checkpoint, for example openai/gpt-oss-20b"
-        )
+    if not any(path.glob("*.safetensors")):
+        for ending, remedy in (
+            ("gguf", gguf),
+            ("bin", "pickled weights are not read here; save the model with safetensors"),
+        ):
+            if file := next(path.glob(f"*.{ending}"), None):
+                raise CheckpointError(f"{file}: {remedy}")
 
 
 def find_stops(path: Path) -> frozenset[int]:
     """Stop tokens that a checkpoint names elsewhere than in config.json: generation_config.json's
     and, of the tokenizer's own, ENDS."""
-    stops = []
-    if (path / "generation_config.json").exists():
-        named = read_json(path / "generation_config.json").get("eos_token_id")
-        stops += named if isinstance(named, list) else [named]
-    if (path / "tokenizer.json").exists():
-        added = read_json(path / "tokenizer.json").get("added_tokens") or []
-        stops += [token["id"] for token in added if token.get("content") in ENDS]
-    return frozenset(token for token in stops if isinstance(token, int))
+    stops, file = [], path / "generation_config.json"
+    named = read_json(file).get("eos_token_id") if file.exists() else None
+    if named is not None:
+        tokens, expected = typed(named, tuple[int, ...])
+        if tokens is None:
+            raise CheckpointError(f"{file}: eos_token_id is {named!r}, expected {expected}")
+        stops += tokens
+    file = path / "tokenizer.json"
+    added = (read_json(file).get("added_tokens") or []) if file.exists() else []
+    try:
+        stops += [token["id"] for token in added if token["content"] in ENDS]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: added_tokens is no list of contents and ids") from error
+    return frozenset(stops)
 
 
 def random(config: Config, layout: str, device="cpu", seed: int = 0) -> Checkpoint:
@@ -606,15 +640,20 @@ def decide_layout(path: Path, raw: dict, names: Iterable[str]) -> str:
     """The layout, from the tensor names and config.json's quantization_config; a contradiction
     raises."""
     source, quantization = path / "config.json", raw.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise CheckpointError(
+            f"{source}: quantization_config is {quantization!r}, expected a table"
+        )
     method = str(quantization.get("quant_method", "")).lower()
     found = [layout for layout, mark in MARKS.items() if any(name.endswith(mark) for name in names)]
-    if method not in ("", "mxfp4", "quark"):
-        raise CheckpointError(
-            f"{source}: unknown quantisation: quant_method {method!r}, expected mxfp4 or quark"
-        )
     for ending, remedy in REMEDIES.items():
         if name := next((name for name in names if re.search(ending, name)), None):
             raise CheckpointError(f"{path}: tensor {name}: {remedy}")
+    if method not in ("", "mxfp4", "quark"):
+        raise CheckpointError(
+            f"{source}: unknown quantisation: quant_method {method!r}, expected mxfp4 or quark; "
+            "save the model dequantised, in bf16"
+        )
     if len(found) != 1:
         raise CheckpointError(
             f"{path}: {'several layouts' if found else 'no known layout'} by the names of its "
@@ -650,7 +689,10 @@ def quark_activations(source: Path, raw: dict) -> str:
         "global_quant_config.input_tensors.group_size": str(MX_GROUP),
         "global_quant_config.input_tensors.is_dynamic": "true",
     }
-    static = {"global_quant_config.input_tensors.is_dynamic": "false|none"}
+    static = {
+        "global_quant_config.input_tensors.dtype": "fp8(_e4m3(fn)?)?",
+        "global_quant_config.input_tensors.is_dynamic": "false|none",
+    }
     for path, allowed in {
         **({} if not inputs else static if fp8 else dynamic),
         "global_quant_config.weight.dtype": "fp4|mxfp4",
@@ -678,7 +720,7 @@ def read_json(file: Path) -> dict:
         raise CheckpointError(
             f"{file}: {error.strerror}; a checkpoint is a folder with config.json and *.safetensors"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: holds a {type(value).__name__}, expected a JSON object")
@@ -693,8 +735,14 @@ def find_files(path: Path) -> dict[str, Path]:
     weight_map = {}
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: has no weight_map table")
+        named = weight_map.values() if isinstance(weight_map, dict) else ()
+        if not named or not all(isinstance(shard, str) for shard in named):
+            raise CheckpointError(f"{index}: has no weight_map table of file names")
+        # transformers reads the one file where both are there, which may be of another model.
+        if whole.exists() and whole.name not in named:
+            raise CheckpointError(
+                f"{index}: does not name {whole.name}, which is there too; remove one of the two"
+            )
         shards = [path / shard for shard in sorted(set(weight_map.values()))]
     if not shards:
         raise CheckpointError(f"{path}: no *.safetensors in this folder")
@@ -750,9 +798,9 @@ def check(path: Path, files: dict[str, Path], expected: list[Stored]) -> None:
             raise CheckpointError(f"{file}: tensor {stored.name} is {dtype} {list(shape)}, {want}")
     extra = set(files) - {stored.name for stored in expected}
     if unexpected := sorted(name for name in extra if not re.search(CACHE_SCALES, name)):
+        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
         raise CheckpointError(
-            f"{files[unexpected[0]]}: unexpected tensor {unexpected[0]}"
-            f"{f' and {len(unexpected) - 1} more' * (len(unexpected) > 1)}; config.json has no "
+            f"{files[unexpected[0]]}: unexpected tensor {unexpected[0]}{more}; config.json has no "
             "place for it"
         )
 
@@ -791,6 +839,9 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
     check_folder(Path(path))
     file = Path(path) / "tokenizer.json"
     if not file.exists():
+        # What will not load is said before tiktoken asks the network.
+        read_json(Path(path) / "config.json")
+        find_files(Path(path))
         try:
             return tiktoken.get_encoding("o200k_harmony")
         except Exception as error:  # tiktoken passes on whatever its download raised

@@ -96,6 +96,10 @@ SAME = [
     "<|channel|>analysis<|message|><|end|>",
     f"{FINAL}naïve café 東京 🙂<|return|>",
     "<|end|>",
+    f"assistant{FINAL}x<|return|>",  # the role again, which the prompt has already said
+    "assistant to=f<|channel|>commentary<|message|>{}<|call|>",
+    "x y<|message|>z<|end|>",
+    "<|channel|>commentary to=f <|constrain|>json<|message|>{}<|call|>",
 ]
 
 
@@ -121,7 +125,19 @@ BETTER = {
         Message("commentary", "f", "<|constrain|>json", "{}")
     ],
     f"<|start|>assistant{FINAL}x<|return|>": [Message("final", None, None, "x")],
-    "a b c<|message|>d<|end|>": [Message(None, "b", "c", "a d")],
+    "a b c<|message|>d<|end|>": [Message(None, None, None, "a b c d")],
+    " to=f code extra<|message|>x<|end|>": [Message(None, "f", None, "code extra x")],
+    "<|channel|>commentary <|constrain|>json to=f extra<|message|>x<|end|>": [
+        Message("commentary", "f", "<|constrain|>json", "extra x")
+    ],
+    "<|channel|> final<|message|>x<|return|>": [Message("final", None, None, "x")],
+    "<|channel|> final The answer<|return|>": [Message("final", None, None, "The answer")],
+    "<|channel|> commentary to=f<|message|>{}<|call|>": [Message("commentary", "f", None, "{}")],
+    "<|channel|> to=f<|message|>{}<|call|>": [Message(None, "f", None, "{}")],
+    "<|channel|> Hello<|message|>x<|end|>": [Message(None, None, None, "Hello x")],
+    f"{FINAL}x<|endoftext|>": [Message("final", None, None, "x")],
+    "I can't.<|endoftext|>": [Message(None, None, None, "I can't.")],
+    "assistant is a word<|return|>": [Message(None, None, None, "assistant is a word")],
     f"{FINAL}x<|call|>y": [Message("final", None, None, "x"), Message(None, None, None, "y")],
     f"{FINAL}x<|end|><|start|>assistant I can't.<|return|>": [
         Message("final", None, None, "x"),
@@ -129,7 +145,7 @@ BETTER = {
     ],
     f"{FINAL}x<|end|><|start|>weird<|message|>r<|end|>": [
         Message("final", None, None, "x"),
-        Message(None, "weird", None, "r"),
+        Message(None, None, None, "weird r"),
     ],
     "<|channel|>final two  spaces<|return|>": [Message("final", None, None, "two  spaces")],
 }
@@ -197,13 +213,35 @@ def test_what_is_streamed_is_what_is_parsed(tokenizer):
         assert [text for _, text in shown.values()] == [m.text for m in parsed if m.text]
 
 
+def test_random_completions_keep_every_word(tokenizer):
+    """Between random marks of the format every word, each another, comes out exactly once, in
+    whatever field, and in order where it is text of one message."""
+    draw = random.Random(1)
+    marks = ["<|channel|>", "<|message|>", "<|end|>", "<|start|>assistant", "<|start|>"]
+    marks += ["<|constrain|>", "<|return|>", "<|call|>", "<|endoftext|>", "<|channel|>final"]
+    marks += [" to=", " ", "\n", "🙂", "assistant"]
+    for _ in range(2000):
+        count = draw.randint(1, 10)
+        words = [f"w{i:02}" for i in range(count)]
+        text = "".join("".join(draw.choices(marks, k=draw.randint(0, 3))) + word for word in words)
+        found = ours(tokenizer, text)
+        fields = [(m.channel, m.recipient, m.content_type, m.text) for m in found]
+        whole = " ".join(field for message in fields for field in message if field)
+        assert [whole.count(word) for word in words] == [1] * count, text
+        for message in found:
+            inside = re.findall(r"w\d\d", message.text)
+            assert inside == sorted(inside), text
+
+
 def test_random_completions_against_openai_harmony(oracle, tokenizer):
     """Where it has a reading that loses nothing, ours is the same, but for the spaces of text that
     stands in a header. Left out: a header behind the first without <|message|>, which it drops; a
     lone <|constrain|>, which it takes for a recipient; <|start|> where no message ended, which it
-    takes for text and we, in a header, for a new one; and the word assistant, which it drops from
-    the first header."""
-    stray = re.compile(r"^\s*assistant|(?<!<\|end\|>)(?<!<\|return\|>)(?<!<\|call\|>)<\|start\|>")
+    takes for text and we, in a header, for a new one; the word assistant, which it drops from the
+    first header; and another role than assistant, which it drops too."""
+    stray = re.compile(
+        r"^\s*assistant|<\|start\|>assistant[^\s<]|(?<!<\|end\|>)(?<!<\|return\|>)(?<!<\|call\|>)<\|start\|>"
+    )
     compared = 0
     for tokens in streams(tokenizer, 9000):
         text = tokenizer.decode(tokens)

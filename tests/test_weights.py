@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from common import (
+    CONVERT,
     ROOT,
     TINY,
     hf_config,
@@ -23,7 +25,7 @@ from common import (
 from safetensors.torch import load_file, save_file
 
 import weights
-from gptoss import GPTOSS
+from gptoss import GPTOSS, dequantise_mxfp4
 
 
 def test_transformers_5_config_is_read(tmp_path):
@@ -145,6 +147,23 @@ SPOILED = {
             p, lambda t: renamed(t, "gate_up_proj_blocks", "gate_up_projs.0.weight")
         )
     ),
+    "gate_up_projs.0.weight: unsloth's names .* 4 bits": lambda p: (  # as they are published
+        spoil_config(p, lambda c: c.update(quantization_config=dict(quant_method="bitsandbytes"))),
+        spoil_tensors(p, lambda t: renamed(t, "gate_up_proj_blocks", "gate_up_projs.0.weight")),
+    ),
+    "index.json: does not name model.safetensors, which is there too; remove one": lambda p: (
+        p / "model.safetensors.index.json"
+    ).write_text('{"weight_map": {"x": "other"}}'),
+    "index.json: has no weight_map table of file names": lambda p: (
+        p / "model.safetensors.index.json"
+    ).write_text('{"weight_map": {"x": 5}}'),
+    "generation_config.json: eos_token_id is 'x', expected a list of int": lambda p: (
+        p / "generation_config.json"
+    ).write_text('{"eos_token_id": "x"}'),
+    "tokenizer.json: added_tokens is no list": lambda p: (p / "tokenizer.json").write_text(
+        '{"added_tokens": [{"content": "<|return|>"}]}'
+    ),
+    "config.json: not JSON: .*recursion": lambda p: (p / "config.json").write_text("[" * 100_000),
     "no known layout": lambda p: spoil_tensors(
         p, lambda t: [t.pop(n) for n in list(t) if "gate_up_proj" in n]
     ),
@@ -156,6 +175,48 @@ def test_bad_checkpoints_are_named(tmp_path, message):
     SPOILED[message](make(tmp_path))
     with pytest.raises(weights.CheckpointError, match=message):
         GPTOSS.from_pretrained(tmp_path)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(rms_norm_eps=NAN), "rms_norm_eps is nan, expected a positive float"),
+    (dict(rope_theta=INF), "rope_theta is inf, expected a positive float"),
+    (dict(rope_theta=1.0), "rope_theta is not above 1"),
+    (dict(swiglu_limit=True), "swiglu_limit is True, expected a positive float"),
+    (dict(layer_types=1.5), "layer_types is 1.5, expected a list of str"),
+    (dict(layer_types=[["a"]]), r"layer_types is \[\['a'\]\], expected a list of str"),
+    (dict(eos_token_id="x"), "eos_token_id is 'x', expected a list of int"),
+    (dict(eos_token_id=[True]), r"eos_token_id is \[True\], expected a list of int"),
+    (dict(rope_scaling=dict(mscale="1")), "rope_scaling.mscale is '1', expected a positive float"),
+    (dict(rope_scaling=dict(attention_factor=NAN)), "attention_factor is nan, expected a positive"),
+    (dict(rope_parameters=dict(attention_factor=3.0)), "differ in attention_factor"),
+    (dict(rope_parameters=dict(mscale=3.0)), "differ in mscale"),
+])  # fmt: skip
+def test_constants_that_cannot_be_meant_are_named(change, message):
+    config = hf_config()
+    rope = config["rope_scaling"]
+    change = {k: rope | v if isinstance(v, dict) else v for k, v in change.items()}
+    with pytest.raises(weights.CheckpointError, match=message):
+        weights.Config.from_dict(config | change)
+
+
+@pytest.mark.parametrize("quantization", ["mxfp4", ["mxfp4"]])
+def test_quantisation_that_is_no_table_is_named(tmp_path, quantization):
+    spoil_config(make(tmp_path), lambda c: c.update(quantization_config=quantization))
+    with pytest.raises(weights.CheckpointError, match="quantization_config is .*expected a table"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_transformers_writes_is_read(tmp_path, whole):
+    """Whether it writes every key or those that differ from its defaults."""
+    from transformers import GptOssConfig
+
+    GptOssConfig(**hf_config()).to_json_file(tmp_path / "config.json", use_diff=not whole)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert weights.Config.from_dict(raw) == weights.Config.from_dict(hf_config())
 
 
 def test_bad_shards_are_named(tmp_path):
@@ -186,6 +247,10 @@ def test_bad_shards_are_named(tmp_path):
         (
             lambda q: q["global_quant_config"]["input_tensors"].update(dtype="int8"),
             "input_tensors.dtype is 'int8'",
+        ),
+        (
+            lambda q: q["global_quant_config"]["input_tensors"].update(dtype="fp8_e5m2"),
+            "input_tensors.dtype is 'fp8_e5m2'",
         ),
         (
             lambda q: q["global_quant_config"]["weight"].update(group_size=64),
@@ -285,6 +350,7 @@ def test_bad_tokenizers_are_named(tmp_path, spoil, message):
 
 
 def test_openai_layout_falls_to_o200k_harmony(tmp_path, monkeypatch):
+    make(tmp_path)
     monkeypatch.setattr(weights.tiktoken, "get_encoding", lambda name: name)
     assert weights.load_tokenizer(tmp_path) == "o200k_harmony"
 
@@ -385,7 +451,10 @@ def without_scales(config, tensors):
 
 def test_scales_of_a_quantised_cache_are_without_effect(tmp_path):
     def add(config, tensors):
-        for name in ("k_proj.output_scale", "v_proj.output_scale", "k_scale", "v_scale"):
+        for name in (
+            *("k_proj.output_scale", "v_proj.output_scale", "k_scale", "v_scale"),
+            *("attn.k_scale", "attn.v_scale", "k_proj.k_scale", "v_proj.v_scale"),
+        ):
             tensors[f"model.layers.0.self_attn.{name}"] = torch.tensor(0.5)
 
     plain, scaled = quark(tmp_path / "plain"), quark(tmp_path / "scaled", add)
@@ -428,13 +497,20 @@ def test_impossible_input_scales_are_named(tmp_path, scale):
     (lambda t: t / "nowhere", "nowhere: no such folder; a checkpoint is a folder with config.json"),
     (lambda t: "openai/gpt-oss-20b", "hf download openai/gpt-oss-20b --local-dir gpt-oss-20b"),
     (lambda t: make(t) / "config.json", "config.json: a file; a checkpoint is a folder"),
-    (lambda t: gguf(t), "holds GGUF files"),
+    (lambda t: "tests/gpt-oss-20b", "no such folder; a checkpoint is a folder with config.json"),
+    (lambda t: only(t, "x.gguf"), "x.gguf: GGUF is not read here; download"),
+    (lambda t: only(t, "x.gguf") / "x.gguf", "x.gguf: a file; GGUF is not read here"),
+    (lambda t: only(make(t), "x.gguf"), "x.gguf: GGUF is not read here"),
+    (lambda t: only(make(t), "pytorch_model.bin"), "pickled weights are not read here"),
+    (lambda t: only(make(t), "x.txt"), r"no \*.safetensors in this folder"),
+    (lambda t: only(t, "x.txt"), "config.json: No such file"),
 ])  # fmt: skip
 def test_what_is_no_checkpoint_is_said_before_any_network(
     tmp_path, monkeypatch, make_path, message
 ):
     asked = []
     monkeypatch.setattr(weights.tiktoken, "get_encoding", asked.append)
+    monkeypatch.chdir(ROOT)
     path = make_path(tmp_path)
     for call in (weights.load, weights.load_tokenizer):
         with pytest.raises(weights.CheckpointError, match=message):
@@ -442,8 +518,10 @@ def test_what_is_no_checkpoint_is_said_before_any_network(
     assert not asked
 
 
-def gguf(path):
-    (path / "gpt-oss-20b.gguf").write_bytes(b"GGUF")
+def only(path: Path, name: str) -> Path:
+    """The folder without weights, but for one empty file of that name."""
+    (path / "model.safetensors").unlink(missing_ok=True)
+    (path / name).write_bytes(b"")
     return path
 
 
@@ -457,3 +535,64 @@ def test_stop_tokens_come_from_every_file(tmp_path):
     ends = {t["id"] for t in raw["added_tokens"] if t["content"] in weights.ENDS}
     assert len(ends) == 3 and weights.load(path).stop_tokens == {94, 95, 96} | ends
     assert GPTOSS.from_pretrained(path).stop_tokens == {94, 95, 96} | ends
+
+
+# --------------------------------------------------------------------------------------------------
+# Made-up weights
+
+
+@pytest.mark.parametrize("layout", CONVERT)
+def test_made_up_weights_are_what_their_file_would_load(tmp_path, layout):
+    config = weights.Config.from_dict(hf_config())
+    raw = CONVERT[layout](hf_config(), random_tensors(hf_config(), 0))[0]
+    write(tmp_path, raw, weights.random_tensors(config, layout, 7))
+    made, loaded = weights.random(config, layout, seed=7), weights.load(tmp_path)
+    assert (made.layout, made.activations) == (loaded.layout, loaded.activations)
+    assert made.dense.keys() == loaded.dense.keys()
+    pairs = [(made.dense[name], loaded.dense[name]) for name in made.dense]
+    for ours, theirs in zip(made.experts, loaded.experts, strict=True):
+        pairs += zip(vars(ours).values(), vars(theirs).values(), strict=True)
+    for a, b in pairs:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    other = weights.random(config, layout, seed=8).dense["embedding"]
+    assert not torch.equal(made.dense["embedding"], other)
+
+
+@pytest.mark.parametrize("layout", ["openai", "hf-bf16"])
+def test_made_up_products_stay_of_the_order_of_their_inputs(layout):
+    """At the published width: a product of unit inputs has a standard deviation of 1, which e2m1's
+    powers of two meet to a factor of 2 either way."""
+    config = replace(
+        weights.published("20b"), vocab_size=32, num_hidden_layers=1, num_local_experts=4,
+        layer_types=weights.LAYER_TYPES[:1],
+    )  # fmt: skip
+    made = weights.random(config, layout)
+    e, dense = made.experts[0], made.dense
+    products = [dense["0.qkv_weight"], dense["0.out_weight"], dense["0.router_weight"]]
+    for weight, scale in ((e.gate_up_weight, e.gate_up_scale), (e.down_weight, e.down_scale)):
+        products.append(weight[0] if scale is None else dequantise_mxfp4(weight[0], scale[0]))
+    for weight in products:
+        x = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        assert 0.5 < float((x @ weight.float().T).std()) < 2
+
+
+@pytest.mark.parametrize("size, layers, experts, parameters", [
+    ("20b", 24, 32, 20.91e9),
+    ("120b", 36, 128, 116.83e9),
+])  # fmt: skip
+def test_published_constants_are_those_of_openais_config_file(size, layers, experts, parameters):
+    """The keys of original/config.json, and the number of parameters of the model card."""
+    openai = dict(
+        num_hidden_layers=layers, num_experts=experts, experts_per_token=4, vocab_size=201088,
+        hidden_size=2880, intermediate_size=2880, swiglu_limit=7.0, head_dim=64,
+        num_attention_heads=64, num_key_value_heads=8, sliding_window=128,
+        initial_context_length=4096, rope_theta=150000, rope_scaling_factor=32.0,
+        rope_ntk_alpha=1, rope_ntk_beta=32,
+    )  # fmt: skip
+    config = weights.published(size)
+    assert weights.Config.from_dict(openai) == config
+    count = 0
+    for layer in (None, *range(layers)):
+        for stored in weights.tensors_of(config, "hf-bf16", layer):
+            count += torch.Size(stored.shape).numel()
+    assert round(count / 1e9, 2) == parameters / 1e9
