@@ -750,7 +750,15 @@ def mx_dot(
     HIP: tl.constexpr,
 ):  # fmt: skip
     w = dequantised(words.reshape(KB, NB * 32, 4), lanes, KB, NB, WIDE, not HIP)
-    return tl.dot(w.to(tokens.dtype), tokens.T, acc, input_precision="ieee")
+    acc = tl.dot(w.to(tokens.dtype), tokens.T, acc, input_precision="ieee")
+    if not HIP:
+        # Reading the sum here makes Triton await the matrix instructions. Before 3.7 it let those
+        # of Hopper go on while the next step wrote to the registers of their left operand, and
+        # rarely a tile was wrong (https://github.com/triton-lang/triton/issues/9433).
+        acc = tl.inline_asm_elementwise(
+            "mov.f32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return acc
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -3,6 +3,7 @@ executed from the assembly, against the equations of gptoss.py. Nothing here ran
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import bench_ops
@@ -558,5 +559,8 @@ def test_compiled_for_gpus_that_are_not_here(gpu):
             if gpu == "sm_90" and k.name == "expert_kernel":
                 loop = k.text[k.text.index("wgmma.fence") : k.text.rindex("wgmma.mma_async")]
                 assert "st.shared" not in loop and "cp.async.cg.shared.global" in k.text
+                # nothing is in flight when the next step writes to the left operand's registers
+                waits = re.findall(r"wgmma\.wait_group\S+ (\d+)", k.text)
+                assert waits and set(waits) == {"0"}
                 if T == 1:  # a step of 64 x 256 weights, 4 warps
                     assert k.loop["HGMMA"] == 16 and k.loop.total() < 4 * 64 * 256 / 128
