@@ -28,6 +28,7 @@ Number formats are OCP MX v1.0, the operands of mma.m16n8k16 those of the PTX IS
 for mma.m16n8k16")."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -154,12 +155,22 @@ def spread(byte: Tensor, a: int, b: int) -> Tensor:
 # The cut of a GEMM, and its layouts
 
 
+class Cut(NamedTuple):
+    """How a program multiplies 16 * NB * WN rows of weights by a tile: its warps are WN beside each
+    other, of NB blocks each, times WK along K. In a step warp k of these takes block step * WK + k
+    of K. The weights of AHEAD steps are in flight, and the inputs of X_AHEAD beside those of the
+    step at hand. What WK is decides the order of the sum over K, and therefore its last bits."""
+
+    NB: int
+    WN: int
+    WK: int
+    AHEAD: int
+    X_AHEAD: int
+
+
 @dataclass(frozen=True)
 class Gemm:
-    """x [*, K] @ w [N, K].T. A program of WK * WN warps multiplies 16 * NB * WN rows of weights by
-    up to BM pairs. In a step warp k of WK takes block step * WK + k of K. In flight: the weights of
-    AHEAD steps, the inputs of X_AHEAD, which divides AHEAD. WIDE: see `dequantise`. What WK is
-    decides the order of the sum over K, and therefore its last bits."""
+    """x [*, K] @ w [N, K].T, tiles of BM pairs, WIDE scales (see `dequantise`), and a Cut."""
 
     N: int
     K: int
@@ -189,24 +200,24 @@ def product_layout(WK, WN):
 def words_layout(WK, WN):
     """Words of blocks, [WK, 32 lanes * blocks, 8 int16]: lane L holds the 16 bytes L of each block,
     as memory has them."""
-    return gl.BlockedLayout([1, 1, 8], [1, 32, 1], [WK, WN, 1], [2, 1, 0])
+    return gl.BlockedLayout([1, 1, 4], [1, 32, 1], [WK, WN, 1], [2, 1, 0])
 
 
 @gluon.constexpr_function
 def left_layout(WK):
     """Rows of bfloat16 as memory has them, [WK, 16 rows, 4, 16]: lane 4 r + c holds the 32 bytes c
     of rows r and r + 8."""
-    registers, lanes = bits(16, 3, 4) + bits(2, 1, 4, 8), bits(4, 2, 4) + bits(8, 1, 4)
-    return gl.DistributedLinearLayout(registers, lanes, bits(WK, 0, 4), [], [WK, 16, 4, 16])
+    registers, lanes = bits(8, 3, 4) + bits(2, 1, 4, 8), bits(4, 2, 4) + bits(8, 1, 4)
+    return gl.DistributedLinearLayout(registers, lanes, bits(WK, 0, 4), [], [WK, 16, 4, 8])
 
 
 @gluon.constexpr_function
 def right_layout(WK, WN, BM):
     """Inputs as memory has them, [BM, WK, 4, 16]: lane 4 r + c holds the 32 bytes c of column r of
     each 8; the WN warps that share a block of K hold the same."""
-    registers, lanes = bits(16, 3, 4) + bits(BM // 8, 0, 4, 8), bits(4, 2, 4) + bits(8, 0, 4)
+    registers, lanes = bits(8, 3, 4) + bits(BM // 8, 0, 4, 8), bits(4, 2, 4) + bits(8, 0, 4)
     warps = [[0, 0, 0, 0]] * (WN.bit_length() - 1) + bits(WK, 1, 4)
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [BM, WK, 4, 16])
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [BM, WK, 4, 8])
 
 
 @gluon.constexpr_function
@@ -281,6 +292,9 @@ def dequantise(words, scales, WIDE: gl.constexpr, NB: gl.constexpr, left: gl.con
     scale, 2^(byte - 127), puts that right. Their product has a bfloat16 up to byte 128. `WIDE`
     multiplies by each, and byte 255 is NaN."""
     WK: gl.constexpr = words.shape[0]
+    words = halves(words).reshape(WK, 32 * NB, 8)
+    flat: gl.constexpr = gl.SliceLayout(2, words.type.layout)
+    scales = gl.convert_layout(scales, flat, assert_trivial=True)
     words, scales = gl.broadcast(words, scales[:, :, None])
     ASM: gl.constexpr = dequantise_asm(WIDE)
     a0b0, a1b0, a0b1, a1b1 = gl.inline_asm_elementwise(
@@ -299,49 +313,61 @@ def dequantise(words, scales, WIDE: gl.constexpr, NB: gl.constexpr, left: gl.con
 
 @gluon.jit
 def left_operand(w, left: gl.constexpr):
-    """w [WK, 16, 4 (c), 16 (m, h)] -> [WK, 16, 64], inputs as (m, c, h)."""
-    w = w.reshape(w.shape[0], 16, 4, 8, 2).permute(0, 1, 3, 2, 4).reshape(w.shape[0], 16, 64)
+    """Pairs of bfloat16 w int32 [WK, 16, 4 (c), 8 (m)] -> [WK, 16, 64], inputs as (m, c, h)."""
+    WK: gl.constexpr = w.shape[0]
+    w = halves(w).to(gl.bfloat16, bitcast=True)
+    w = w.permute(0, 1, 3, 2, 4).reshape(WK, 16, 64)
     return gl.convert_layout(w, left, assert_trivial=True)
 
 
 @gluon.jit
 def right_operand(x, right: gl.constexpr):
-    """x [BM, WK, 4 (c), 16 (m, h)] -> [WK, 64, BM], inputs as (m, c, h)."""
+    """Pairs of bfloat16 x int32 [BM, WK, 4 (c), 8 (m)] -> [WK, 64, BM], inputs as (m, c, h)."""
     BM: gl.constexpr = x.shape[0]
     WK: gl.constexpr = x.shape[1]
-    x = x.reshape(BM, WK, 4, 8, 2).permute(1, 3, 2, 4, 0).reshape(WK, 64, BM)
+    x = halves(x).to(gl.bfloat16, bitcast=True)
+    x = x.permute(1, 3, 2, 4, 0).reshape(WK, 64, BM)
     return gl.convert_layout(x, right, assert_trivial=True)
 
 
 @gluon.jit
-def load_words(data, scale, n, step, g: gl.constexpr):
-    """A step's blocks of an expert's weights and scales, the NB * WN from block n * NB * WN of N
-    on."""
+def halves(words):
+    """int32 [.., n] -> int16 [.., 2 n], the lower half of each word first."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=(gl.int16, gl.int16), is_pure=True,
+        pack=1,
+    )  # fmt: skip
+    return gl.join(low, high)
+
+
+@gluon.jit
+def load_words(data, scale, step, g: gl.constexpr):
+    """The words and scales of a step from where the pointers are, which `words_at` made."""
+    BLOCKS: gl.constexpr = (g.K + 63) // 64
     layout: gl.constexpr = words_layout(g.WK, g.WN)
-    LANES: gl.constexpr = 32 * g.NB * g.WN
-    BLOCKS: gl.constexpr = g.N // 16
-    block = step * g.WK + iota(0, g.WK, layout, 3)
-    lane = n * LANES + iota(1, LANES, layout, 3)
-    live = block < (g.K + 63) // 64
-    if BLOCKS % (g.NB * g.WN) != 0:
-        live = live & (lane < 32 * BLOCKS)
-    at = block * (BLOCKS * 256) + lane * 8 + iota(2, 8, layout, 3)
-    words = gl.load(data + at, mask=live, other=0)
-    flat: gl.constexpr = gl.SliceLayout(2, layout)
-    block, lane = step * g.WK + iota(0, g.WK, flat, 2), n * LANES + iota(1, LANES, flat, 2)
-    live = block < (g.K + 63) // 64
-    if BLOCKS % (g.NB * g.WN) != 0:
-        live = live & (lane < 32 * BLOCKS)
-    return words, gl.load(scale + block * (BLOCKS * 8) + lane // 4, mask=live, other=0)
+    live = step * g.WK + iota(0, g.WK, layout, 3) < BLOCKS
+    words = gl.load(data, mask=live, other=0)
+    live = step * g.WK + iota(0, g.WK, gl.SliceLayout(2, layout), 2) < BLOCKS
+    return words, gl.load(scale, mask=live, other=0)
 
 
 @gluon.jit
 def load_inputs(x, live, step, g: gl.constexpr):
-    """A step's inputs of the rows that x [BM, 1, 1, 1] points to."""
+    """A step's inputs from where x points."""
     layout: gl.constexpr = right_layout(g.WK, g.WN, g.BM)
-    block, i = step * g.WK + iota(1, g.WK, layout, 4), iota(3, 16, layout, 4)
-    inside = block * 64 + i // 8 * 32 < g.K  # half a block is all that can be missing
-    return gl.load(x + (block * 64 + iota(2, 4, layout, 4) * 16 + i), mask=live & inside, other=0.0)
+    block = step * g.WK + iota(1, g.WK, layout, 4)
+    if g.K % 64 == 0:
+        inside = block < g.K // 64
+    else:
+        inside = block * 64 + iota(3, 8, layout, 4) // 4 * 32 < g.K
+    return gl.load(x, mask=live & inside, other=0)
+
+
+@gluon.jit
+def keep_order():
+    gl.inline_asm_elementwise(
+        "bar.warp.sync 0xFFFFFFFF; // $0", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -355,22 +381,40 @@ def expert_gemm(x, row, live, data, scale, expert, n, steps, g: gl.constexpr):
     NB: gl.constexpr = g.NB * g.WN
     AHEAD: gl.constexpr = g.AHEAD
     X_AHEAD: gl.constexpr = g.X_AHEAD
-    BLOCKS: gl.constexpr = (g.K + 63) // 64
-    data += expert.to(gl.int64) * (BLOCKS * g.N // 16 * 256)
-    scale += expert.to(gl.int64) * (BLOCKS * g.N // 16 * 8)
-    x = x + gl.where(live, row, 0).to(gl.int64) * (BLOCKS * 64)
+    K_BLOCKS: gl.constexpr = (g.K + 63) // 64
+    N_BLOCKS: gl.constexpr = g.N // 16
+    data += expert.to(gl.int64) * (K_BLOCKS * N_BLOCKS * 128)
+    scale += expert.to(gl.int64) * (K_BLOCKS * N_BLOCKS * 8)
+    layout: gl.constexpr = words_layout(g.WK, g.WN)
+    block, lane = iota(0, g.WK, layout, 3), n * (32 * NB) + iota(1, 32 * NB, layout, 3)
+    data = data + (block * (N_BLOCKS * 128) + lane * 4 + iota(2, 4, layout, 3))
+    flat: gl.constexpr = gl.SliceLayout(2, layout)
+    block, lane = iota(0, g.WK, flat, 2), n * (32 * NB) + iota(1, 32 * NB, flat, 2)
+    scale = scale + (block * (N_BLOCKS * 8) + lane // 4)
+    xl: gl.constexpr = right_layout(g.WK, g.WN, g.BM)
+    x = x + gl.where(live, row, 0) * (K_BLOCKS * 32)
+    x = x + (iota(1, g.WK, xl, 4) * 32 + iota(2, 4, xl, 4) * 8 + iota(3, 8, xl, 4))
+    DATA: gl.constexpr = g.WK * N_BLOCKS * 128
+    SCALE: gl.constexpr = g.WK * N_BLOCKS * 8
+    X: gl.constexpr = g.WK * 32
     ws, xs = (), ()
     for j in gl.static_range(AHEAD):
-        ws = ws + (load_words(data, scale, n, j, g),)
+        ws = ws + (load_words(data + j * DATA, scale + j * SCALE, j, g),)
     for j in gl.static_range(X_AHEAD):
-        xs = xs + (load_inputs(x, live, j, g),)
+        xs = xs + (load_inputs(x + j * X, live, j, g),)
     acc = gl.full([g.WK, 16 * NB, g.BM], 0, gl.float32, product)
     for step in range(0, steps, AHEAD):
+        data += AHEAD * DATA
+        scale += AHEAD * SCALE
         for j in gl.static_range(AHEAD):
+            xs = xs + (load_inputs(x + (j + X_AHEAD) * X, live, step + j + X_AHEAD, g),)
+            keep_order()
             w = dequantise(ws[0][0], ws[0][1], g.WIDE, NB, left)
             acc = mma_v2(w, right_operand(xs[0], right), acc)
-            ws = ws[1:] + (load_words(data, scale, n, step + j + AHEAD, g),)
-            xs = xs[1:] + (load_inputs(x, live, step + j + X_AHEAD, g),)
+            ws = ws[1:] + (load_words(data + j * DATA, scale + j * SCALE, step + j + AHEAD, g),)
+            xs = xs[1:]
+            keep_order()
+        x += AHEAD * X
     return gl.sum(acc, axis=0)
 
 
@@ -411,13 +455,13 @@ def route_gemm(x, router_weight, first, T, e, z, H: gl.constexpr, E: gl.constexp
     ws, xs = (), ()
     for step in gl.static_range(STEPS):
         block = step * WARPS + iota(0, WARPS, left, 4)
-        k = (z * PART + block) * 64 + iota(2, 4, left, 4) * 16 + iota(3, 16, left, 4)
-        live = (block < PART) & (k < H) & (e < E)
-        ws = ws + (gl.load(router_weight + e * H + k, mask=live, other=0.0),)
+        k = (z * PART + block) * 32 + iota(2, 4, left, 4) * 8 + iota(3, 8, left, 4)
+        live = (block < PART) & (k < H // 2) & (e < E)
+        ws = ws + (gl.load(router_weight + e * (H // 2) + k, mask=live, other=0),)
         block = step * WARPS + iota(1, WARPS, right, 4)
-        k = (z * PART + block) * 64 + iota(2, 4, right, 4) * 16 + iota(3, 16, right, 4)
-        live = (block < PART) & (k < H) & (token < T)
-        xs = xs + (gl.load(x + token * H + k, mask=live, other=0.0),)
+        k = (z * PART + block) * 32 + iota(2, 4, right, 4) * 8 + iota(3, 8, right, 4)
+        live = (block < PART) & (k < H // 2) & (token < T)
+        xs = xs + (gl.load(x + token * (H // 2) + k, mask=live, other=0),)
     acc = gl.full([WARPS, 16, ROUTE_TOKENS], 0, gl.float32, product)
     for step in gl.static_range(STEPS):
         w = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
@@ -511,17 +555,18 @@ def route_kernel(
     p, z, b = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     first = b * ROUTE_TOKENS
     if p == (E + 15) // 16:
-        words = gl.pointer_type(gl.int32)
-        reorder(x.to(words), seen.to(words), first, T, z, H, PART)
+        reorder(x, seen, first, T, z, H, PART)
         return
     acc = route_gemm(x, router_weight, first, T, p * 16, z, H, E, PART)
-    e, token = p * 16 + iota(0, 16, acc.type.layout, 2), first + iota(1, 8, acc.type.layout, 2)
+    summed: gl.constexpr = acc.type.layout
+    e, token = p * 16 + iota(0, 16, summed, 2), first + iota(1, 8, summed, 2)
     gl.store(logits + (z * T + token) * E + e, acc, mask=(token < T) & (e < E))
     if arrive(arrived + b) < (E + 15) // 16 * PARTS - 1:
         return
     gl.store(arrived + b, 0)
     ids, gate = select_experts(logits, router_bias, first, T, E, TOP_K, PARTS)
-    token, slot = first + iota(0, 8, ids.type.layout, 2), iota(1, SLOTS, ids.type.layout, 2)
+    layout: gl.constexpr = ids.type.layout
+    token, slot = first + iota(0, 8, layout, 2), iota(1, SLOTS, layout, 2)
     live = (token < T) & (slot < TOP_K)
     gl.store(chosen + token * TOP_K + slot, ids, mask=live)
     gl.store(gates + token * TOP_K + slot, gate, mask=live)
@@ -571,10 +616,11 @@ def dispatch_kernel(
     acc = expert_gemm(x, pair // TOP_K, column < size, data, scale, expert, n, steps, g) + b
     gate, up = gl.split(acc.reshape(NB, 2, 8, g.BM).permute(0, 2, 3, 1))  # [NB, 8, BM]
     y = swiglu(gate, up, limit)
-    column = iota(2, g.BM, y.type.layout, 3)
+    layout: gl.constexpr = y.type.layout
+    column = iota(2, g.BM, layout, 3)
     pair = gl.load(rows + tile * g.BM + column, mask=column < size, other=0)
     # word 4 m + c of a block of h to 8 c + m
-    m, i = n * NB + iota(0, NB, y.type.layout, 3), iota(1, 8, y.type.layout, 3)
+    m, i = n * NB + iota(0, NB, layout, 3), iota(1, 8, layout, 3)
     at = m // 8 * 64 + i // 2 * 16 + m % 8 * 2 + i % 2
     live = (column < size) & (m < g.N // 16)
     gl.store(h + pair * ((g.N // 2 + 63) // 64 * 64) + at, y.to(gl.bfloat16), mask=live)
@@ -631,14 +677,13 @@ def sum_pairs(y, out, T, n, TOP_K: gl.constexpr, g: gl.constexpr):
 # The layer
 
 
-# NB, WN, WK, AHEAD, X_AHEAD of dispatch and of combine, see Gemm; columns of a tile
-CUTS = ((1, 1, 4, 3, 1), (1, 1, 4, 3, 1))
-ROUTE_PARTS = 3
+ROUTE_PARTS = 3  # of the router's K
 
 
-def columns_for(T: int) -> int:
-    """Pairs of a tile: an expert gets at most one of each token."""
-    return 8 if T <= 8 else 16
+def cuts_for(T: int) -> tuple[int, Cut, Cut]:
+    """BM and the cuts of dispatch and of combine for T tokens. An expert has at most one pair of
+    each token."""
+    return 8 if T <= 8 else 16, Cut(1, 1, 4, 4, 1), Cut(1, 1, 4, 4, 1)
 
 
 def moe(
@@ -666,11 +711,14 @@ def moe(
     out = torch.empty_like(x)
     if not T:
         return out
-    R, BM = T * top_k, columns_for(T)
+    R, (BM, *cuts) = T * top_k, cuts_for(T)
     tiles = min(R, E) if T <= BM else min(R, E + R // BM)  # at most
 
     def new(*shape, dtype=torch.int32):
         return x.new_empty(shape, dtype=dtype)
+
+    def words(x):  # of two bfloat16
+        return x.view(torch.int32)
 
     def padded(size):  # whole blocks
         return -(-size // 64) * 64
@@ -682,24 +730,32 @@ def moe(
     blocks = triton.cdiv(T, ROUTE_TOKENS.value)
     tokens = max(triton.next_power_of_2(T), ROUTE_TOKENS.value)
     route_kernel[(triton.cdiv(E, 16) + 1, ROUTE_PARTS, blocks)](
-        x, router_weight, router_bias, seen, logits, chosen, gates, experts, sizes, rows, count,
-        packed.arrived, T, H, E, top_k, tokens, BM, ROUTE_PARTS, num_warps=ROUTE_WARPS.value,
+        words(x), words(router_weight), router_bias, words(seen), logits, chosen, gates, experts,
+        sizes, rows, count, packed.arrived, T, H, E, top_k, tokens, BM, ROUTE_PARTS,
+        num_warps=ROUTE_WARPS.value,
     )  # fmt: skip
-    for w, cut, kernel in (
-        (packed.gate_up, CUTS[0], dispatch_kernel),
-        (packed.down, CUTS[1], combine_kernel),
+    for w, cut, kernel in zip(
+        (packed.gate_up, packed.down), cuts, (dispatch_kernel, combine_kernel), strict=True
     ):
         g = Gemm(w.N, w.K, w.wide, BM, *cut)
         grid = triton.cdiv(w.N, 16 * g.NB * g.WN), tiles
         steps = triton.cdiv(triton.cdiv(w.K, 64), g.WK)
-        weight, listed = (w.data.view(torch.int16), w.scale, w.bias), (experts, sizes, rows, count)
+        weight, listed = (w.data, w.scale, w.bias), (experts, sizes, rows, count)
         if kernel is dispatch_kernel:
             kernel[grid](
-                seen, *weight, *listed, h, swiglu_limit, steps, top_k, g, num_warps=g.WK * g.WN
+                words(seen),
+                *weight,
+                *listed,
+                h,
+                swiglu_limit,
+                steps,
+                top_k,
+                g,
+                num_warps=g.WK * g.WN,
             )
         else:
             kernel[grid](
-                h, *weight, gates, *listed, y, out, packed.arrived, T, steps, top_k, g,
+                words(h), *weight, gates, *listed, y, out, packed.arrived, T, steps, top_k, g,
                 num_warps=g.WK * g.WN,
             )  # fmt: skip
     return out
