@@ -11,7 +11,7 @@ over --flops, whichever is more. error: relative L2 against the equations in flo
 device. A line of JSON is written as soon as it is measured; the table follows at the end. A variant
 BN,BM,BK,warps,stages[,split] replaces the choice of `ops_triton.tiles_for`. Of moe_nvidia, which is
 timed beside it up to 64 tokens, --nvidia replaces `cuts_for`: BM:dispatch's NB,WN,WK,AHEAD,X_AHEAD
-[:combine's], BM 0 for the one it would choose.
+[:combine's], BM 0 for the one it would choose; each with and without programmatic dependent launch.
 
     python tools/bench_ops.py --only moe --tokens 1 8 64 --nvidia 0:1,1,4,6,1 0:1,1,4,4,1:1,1,8,3,1
 
@@ -26,7 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -308,16 +308,22 @@ def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str, nv
         if T > moe_nvidia.MAX_TOKENS or activations != "bf16" or not moe_nvidia.is_supported():
             continue
         calls = calls_of(moe_nvidia)  # which reads ops_triton's packed experts
-        for variant in [None, *nvidia]:
-            cuts = variant or moe_nvidia.cuts_for(T)
-            cuts = cuts[0] or moe_nvidia.cuts_for(T)[0], *cuts[1:]
-            with mock.patch.object(moe_nvidia, "cuts_for", lambda _, cuts=cuts: cuts):
-                cut = ":".join([str(cuts[0]), *(",".join(map(str, cut)) for cut in cuts[1:])])
+        for variant, pdl in itertools.product([None, *nvidia], (True, False)):
+            cuts = moe_nvidia.cuts_for(T)
+            if variant:
+                BM = variant[0].BM or cuts[0].BM
+                cuts = tuple(replace(cut, BM=BM) for cut in variant)
+            text = ":".join(",".join(map(str, astuple(cut))) for cut in cuts)
+            with (
+                mock.patch.object(moe_nvidia, "cuts_for", lambda _, cuts=cuts: cuts),
+                mock.patch.object(moe_nvidia, "PDL", pdl),
+            ):
                 bench.row(
                     "moe_nvidia", calls, nbytes, flop, partial(error, calls), T=T,
-                    active=round(active, 1), tile=cut, chosen=variant is None,
+                    active=round(active, 1), tile=text + " PDL" * pdl, chosen=variant is None,
                 )  # fmt: skip
-                kernels(bench, calls, T)
+                if not pdl:
+                    kernels(bench, calls, T)
 
 
 def kernels(bench: Bench, calls: list[Callable], T: int) -> None:
@@ -366,10 +372,10 @@ def tile(text: str) -> ops_triton.Tile:
     return ops_triton.Tile(*map(int, text.split(",")))
 
 
-def nvidia_cuts(text: str) -> tuple[int, moe_nvidia.Cut, moe_nvidia.Cut]:
-    columns, *cuts = text.split(":")
-    cuts = [moe_nvidia.Cut(*map(int, cut.split(","))) for cut in cuts]
-    return int(columns), cuts[0], cuts[-1]
+def nvidia_cuts(text: str) -> tuple[moe_nvidia.Cut, moe_nvidia.Cut]:
+    BM, *cuts = text.split(":")
+    cuts = [moe_nvidia.Cut(int(BM), *map(int, cut.split(","))) for cut in cuts]
+    return cuts[0], cuts[-1]
 
 
 def main(argv: list[str]) -> int:
