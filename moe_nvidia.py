@@ -471,6 +471,7 @@ def route_gemm(x, w, first, T, e, z, H: gl.constexpr, E: gl.constexpr, PART: gl.
         k = (z * PART + block) * 32 + iota(2, 4, right, 4) * 8 + iota(3, 8, right, 4)
         live = (block < PART) & (k < H // 2) & (token < T)
         xs = xs + (gl.load(x + token * (H // 2) + k, mask=live, other=0),)
+    order(STAY)
     acc = gl.full([WARPS, 16, ROUTE_TOKENS], 0, gl.float32, product)
     for step in gl.static_range(len(ws)):
         a = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
@@ -621,6 +622,7 @@ def dispatch_kernel(
     tiles, expert, size = gl.load(count), gl.load(experts + tile), gl.load(sizes + tile)
     column = iota(0, g.BM, right_layout(g.WK, g.WN, g.BM), 4)
     pair = gl.load(rows + tile * g.BM + column)
+    order(STAY)
     if tile >= tiles:
         return
     r = n * (16 * NB) + iota(0, 16 * NB, gl.SliceLayout(0, product_layout(g.WK, g.WN)), 2)
@@ -652,6 +654,7 @@ def combine_kernel(
     tiles, expert, size = gl.load(count), gl.load(experts + tile), gl.load(sizes + tile)
     column = iota(0, g.BM, right_layout(g.WK, g.WN, g.BM), 4)
     row = gl.load(rows + tile * g.BM + column)
+    order(STAY)
     if tile >= tiles:
         return
     live, r = iota(1, g.BM, summed, 2) < size, n * BN + iota(0, BN, summed, 2)
