@@ -101,7 +101,7 @@ def test_bytes_of_a_tiny_step_by_hand():
     (["--ab", "ops=torch"], 2, "expected SETTING=A,B"),
     (["--ab", "ops=torch,torch"], 2, "expected SETTING=A,B"),
     (["--ab", "ops=torch,gluon", "--peer", "transformers"], 2, "not allowed with"),
-    (["--checkpoint", "random:7b"], 2, "random: takes 20b or 120b"),
+    (["--checkpoint", "random:7b"], 2, "random: takes 20b, 120b or tiny"),
     (["--concurrency", "1,0"], 2, "--concurrency: '0' is not a positive number"),
     (["--output", "1"], 2, "nothing to time"),
     (["--nonsense"], 2, "unrecognized arguments"),
@@ -127,6 +127,39 @@ def test_a_missing_peer_is_one_line(capsys, monkeypatch):
     assert err.startswith("bench: ") and "transformers" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    MemoryError(),
+])  # fmt: skip
+def test_no_memory_is_one_line_that_says_what_to_do(error, capsys, monkeypatch):
+    def build(args, device):
+        raise error
+
+    monkeypatch.setattr(bench, "build", build)
+    assert bench.main(["--checkpoint", "random:120b", "--device", "cpu"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("bench: out of memory with --checkpoint random:120b: lower --concurrency")
+
+
+def test_an_error_without_words_is_named(capsys, monkeypatch):
+    def build(args, device):
+        raise RuntimeError
+
+    monkeypatch.setattr(bench, "build", build)
+    assert bench.main([]) == 1 and capsys.readouterr().err == "bench: RuntimeError\n"
+
+
+def test_interrupted(capsys, monkeypatch):
+    def measure(args, systems, bandwidth):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure", measure)
+    assert bench.main([]) == 130
+    assert capsys.readouterr() == ("", "bench: interrupted\n")
+
+
 def test_importing_needs_no_triton():
     code = "import sys; sys.modules['triton'] = None; import bench"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -146,6 +179,7 @@ def run(argv, capsys) -> dict:
 def test_a_run_on_tiny(capsys):
     result = run([*FEW, "--concurrency", "1,3"], capsys)
     assert result["bandwidth"] > 1e8 and result["loaded_s"] > 0 and result["pairs"] == []
+    assert result["cache_pages"] > 0
     assert result["settings"]["output"] == 6 and result["torch"] == torch.__version__
     for row, concurrency in zip(result["rows"], (1, 3), strict=True):
         assert {key for _, key, _ in bench.COLUMNS} <= set(row)
@@ -155,9 +189,8 @@ def test_a_run_on_tiny(capsys):
         assert row["share"] == pytest.approx(row["floor"] / row["step"])
 
 
-def test_random_weights_and_ab(capsys, monkeypatch):
-    monkeypatch.setattr(weights, "published", lambda size: tiny_config())
-    argv = ["--checkpoint", "random:20b", "--concurrency", "2", "--device", "cpu"]
+def test_random_weights_and_ab(capsys):
+    argv = ["--checkpoint", "random:tiny", "--concurrency", "2", "--device", "cpu"]
     result = run([*FEW, *argv, "--ab", "dtype=float32,bfloat16"], capsys)
     assert [row["system"] for row in result["rows"]] == ["dtype=float32", "dtype=bfloat16"]
     assert [pair["figure"] for pair in result["pairs"]] == ["TTFT", "TPOT"]
@@ -198,9 +231,8 @@ def test_transformers_plays_the_same_tokens():
     assert sorted(ours.stream(prompts, 6)) == sorted(theirs.stream(prompts, 6))
 
 
-def test_transformers_with_random_weights(capsys, monkeypatch):
-    monkeypatch.setattr(weights, "published", lambda size: tiny_config())
-    argv = ["--checkpoint", "random:20b", "--concurrency", "1", "--device", "cpu"]
+def test_transformers_with_random_weights(capsys):
+    argv = ["--checkpoint", "random:tiny", "--concurrency", "1", "--device", "cpu"]
     result = run([*FEW, *argv, "--peer", "transformers"], capsys)
     assert [row["system"] for row in result["rows"]] == ["gptoss", "transformers"]
     assert "floor" not in result["rows"][1] and len(result["pairs"]) == 2
