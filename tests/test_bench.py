@@ -1,6 +1,7 @@
 """Tests of bench.py: the arithmetic of its reports against counts by hand, its errors, and small
 runs."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -236,3 +237,52 @@ def test_transformers_with_random_weights(capsys):
     result = run([*FEW, *argv, "--peer", "transformers"], capsys)
     assert [row["system"] for row in result["rows"]] == ["gptoss", "transformers"]
     assert "floor" not in result["rows"][1] and len(result["pairs"]) == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# tools/bench_moe.py --ops triton
+
+
+@pytest.fixture
+def bench_moe():
+    pytest.importorskip("triton")
+    return importlib.import_module("bench_moe")
+
+
+def test_a_layer_of_ops_triton(bench_moe, monkeypatch):
+    """What would be captured on a GPU, run in the emulator; the times are made up."""
+    gfx950, config, layers = importlib.import_module("gfx950"), tiny_config(), []
+
+    def graph_ms(call):
+        layers.append(call())
+        return 2e-3 if len(layers) % 2 else 8e-3  # ms of a graph of four or one calls
+
+    monkeypatch.setattr(weights, "published", lambda size: config)
+    monkeypatch.setattr(bench_moe, "BATCHES", (1, 20))
+    monkeypatch.setattr(bench_moe, "copy_bandwidth", lambda device: 1e12)
+    monkeypatch.setattr("triton.testing.do_bench_cudagraph", graph_ms)
+    monkeypatch.setitem(
+        bench_moe.KERNEL_PEERS, "triton_kernels",
+        lambda experts, top_k, activations: lambda x, router_weight, router_bias: x @ x.mT,
+    )  # fmt: skip
+    with gfx950.emulate():
+        result = bench_moe.triton_layers("20b", "bf16", torch.device("cpu"), 0)
+    few, many = result["layers"]
+    # 16 experts: four calls of four distinct ones, then one of all.
+    assert (few["active"], many["active"]) == (4, 16)
+    assert [len(outputs) for outputs in layers] == [4, 4, 1, 1]
+    assert all(out.shape == (1, 192) and out.isfinite().all() for out in layers[0])
+    assert len({tuple(out.flatten().tolist()) for out in layers[0]}) == 4
+    assert few["moe_us"] == 0.5 and few["triton_kernels_us"] == 2 == 4 * 0.5
+    assert few["weight_bytes"] == 4 * 3 * 192 * 160 * 17 // 32
+    assert few["copy_us"] == pytest.approx(few["weight_bytes"] / 1e6)
+    assert few["of_floor"] == pytest.approx(0.5 / few["copy_us"])
+    assert few["of_triton_kernels"] == 0.25 and "floor_us" not in few
+
+
+def test_ops_triton_without_a_gpu_is_one_line(bench_moe, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert bench_moe.main(["--ops", "triton"]) == 1
+    assert capsys.readouterr() == (
+        "", "bench_moe: --ops triton times on a GPU, and PyTorch finds none\n"
+    )  # fmt: skip
