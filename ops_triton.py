@@ -26,6 +26,7 @@ from torch import Tensor
 
 capturable = True
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
+LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = 2^(x LOG2E)
 GROUP = tl.constexpr(32)  # values that share a scale (OCP Microscaling Formats v1.0, 5.2)
 DECODE_TOKENS = 16  # up to here: one tile of tokens meets the weights of each active expert
 SPLITS, SPLIT_KEYS = tl.constexpr(16), tl.constexpr(128)  # parts of a sequence's keys; of a part
@@ -61,13 +62,12 @@ def add_norm_kernel(x, y, scale, total, norm, H, eps, HAS_Y: tl.constexpr, BLOCK
     """A program a row."""
     h = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * H + h
-    row = tl.load(x + at, mask=h < H, other=0.0)
+    wide = tl.load(x + at, mask=h < H, other=0.0).to(tl.float32)
     if HAS_Y:
-        row = (row.to(tl.float32) + tl.load(y + at, mask=h < H, other=0.0).to(tl.float32)).to(
-            row.dtype
-        )
+        wide += tl.load(y + at, mask=h < H, other=0.0).to(tl.float32)
+        row = wide.to(total.dtype.element_ty)  # which is what the next layers see
         tl.store(total + at, row, mask=h < H)
-    wide = row.to(tl.float32)
+        wide = row.to(tl.float32)
     inverse = 1 / tl.sqrt_rn(tl.sum(wide * wide, 0) / H + eps)
     wide = wide * inverse * tl.load(scale + h, mask=h < H, other=0.0)
     tl.store(norm + at, wide.to(norm.dtype.element_ty), mask=h < H)
@@ -185,7 +185,6 @@ def decode_kernel(
     """Program (g, s, z): part z of the keys that sequence s's one token sees, for the M query heads
     of key head g. Part 0 has the token's own key, which it caches, and the sinks. How many parts
     there are depends on the sequence's length alone."""
-    LOG2E: tl.constexpr = 1.4426950408889634
     g, s, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + s)
     m, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -267,7 +266,6 @@ def prefill_kernel(
 ):  # fmt: skip
     """Program (tile, g, s): QUERIES tokens of sequence s and the M query heads of key head g, over
     the cached keys before the chunk and then the chunk's own, rotated, in `keys` [T, G, D]."""
-    LOG2E: tl.constexpr = 1.4426950408889634
     # the last tiles see the most keys: they start first
     tile, g, s = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.arange(0, HEADS * QUERIES)
@@ -365,7 +363,7 @@ def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -
     qkv, table = qkv.contiguous(), plan.tables[kind]
     P, sliding = table.shape[1], kind == "sliding_attention"
     window = plan.window if sliding else 0
-    scale = D**-0.5 * math.log2(math.e)
+    scale = D**-0.5 * LOG2E.value
     out = qkv.new_empty(T, N * D)
     if not T:
         return out
@@ -530,6 +528,7 @@ def times(pair, factor, CUDA: tl.constexpr):
 
 @triton.jit
 def halves(pair):
+    """The bfloat16 in the lower and in the upper half of an int32."""
     first = (pair & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return first, (pair >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
@@ -568,6 +567,7 @@ def dequantised(
 
 @triton.jit
 def value(code, factor, byte, WIDE: tl.constexpr, CUDA: tl.constexpr):
+    """What the two codes of each int32 stand for, as bfloat16 -> [..., 2]."""
     first, second = times(code, factor, CUDA)
     if WIDE:
         scale, _ = halves(byte)
@@ -750,7 +750,15 @@ def mx_dot(
     HIP: tl.constexpr,
 ):  # fmt: skip
     w = dequantised(words.reshape(KB, NB * 32, 4), lanes, KB, NB, WIDE, not HIP)
-    return tl.dot(w.to(tokens.dtype), tokens.T, acc, input_precision="ieee")
+    acc = tl.dot(w.to(tokens.dtype), tokens.T, acc, input_precision="ieee")
+    if not HIP:
+        # Reading the sum here makes Triton await the matrix instructions. Before 3.7 it let those
+        # of Hopper go on while the next step wrote to the registers of their left operand, and
+        # rarely a tile was wrong (https://github.com/triton-lang/triton/issues/9433).
+        acc = tl.inline_asm_elementwise(
+            "mov.f32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return acc
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -1,8 +1,9 @@
 """Compiles the kernels of ops_triton.py at the models' sizes for GPUs that are not here, and prints
-what the compiler says of each: registers, spills, shared memory, and how wide it loads.
+what the compiler says of each: registers, spills, shared memory, how wide it loads, and of an
+NVIDIA GPU the instructions of the longest loop.
 
-    python tools/compile_ops.py sm_90            # also sm_80, sm_120, gfx942, gfx950
-    python tools/compile_ops.py sm_90 --keep ptx # writes each kernel's assembly to ptx/
+    python tools/compile_ops.py sm_90             # also sm_80, sm_86, sm_120, gfx942, gfx950
+    python tools/compile_ops.py sm_90 --keep ptx  # writes each kernel's assembly to ptx/
 """
 
 import argparse
@@ -23,6 +24,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ops_triton
 import weights
 
+SHARED = {  # bytes that a program may have
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_90": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+    "gfx950": 163840,
+}
 SHOWN = re.compile(
     r"^\s*(?:@!?%\w+ )?((?:ld|st|cp\.async)\.[\w.]*(?:global|shared)[\w.]*|wgmma\.mma_async\S*"
     r"|mma\.sync\S*|bar\.sync|shfl\.\S*|(?:global|buffer)_(?:load|store)\w*"
@@ -39,6 +48,7 @@ class Compiled:
     spills: int  # bytes
     shared: int  # bytes
     text: str  # PTX or AMD assembly
+    loop: Counter  # machine instructions of the longest loop, by name; empty on AMD
 
     def instructions(self) -> Counter:
         """How often the assembly has each memory, matrix and synchronising instruction."""
@@ -51,21 +61,38 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64)
 
 
-def read(name: str, metadata, target: GPUTarget) -> tuple[int, int, str]:
-    """Registers, spilled bytes and assembly of a kernel in Triton's cache."""
+def read(name: str, metadata, target: GPUTarget) -> tuple[int, int, str, Counter]:
+    """Registers, spilled bytes, assembly and longest loop of a kernel in Triton's cache."""
     cache = get_cache_manager(metadata.hash)
     if target.backend == "hip":
         text = Path(cache.get_file(f"{name}.amdgcn")).read_text()
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        return registers, int(re.search(r"\.private_segment_fixed_size: (\d+)", text)[1]), text
-    text = Path(cache.get_file(f"{name}.ptx")).read_text()
-    tool = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run(
-        [tool, "-res-usage", cache.get_file(f"{name}.cubin")], capture_output=True, text=True
-    ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
+        spills = int(re.search(r"\.private_segment_fixed_size: (\d+)", text)[1])
+        return registers, spills, text, Counter()
+
+    def tool(*command: str) -> str:
+        path = Path(triton.__path__[0]) / "backends/nvidia/bin" / command[0]
+        command = [path, *command[1:], cache.get_file(f"{name}.cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", tool("cuobjdump", "-res-usage"))
     registers, stack, local = map(int, found.groups())
-    return registers, stack + local, text
+    text = Path(cache.get_file(f"{name}.ptx")).read_text()
+    return registers, stack + local, text, longest_loop(tool("nvdisasm", "-c"))
+
+
+def longest_loop(listing: str) -> Counter:
+    """Instructions between a label and the branch back to it, in nvdisasm's listing."""
+    labels, names, longest = {}, [], Counter()
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(names)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z]\w*)", line):
+            names.append(instruction[1])
+            back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+            if back and back[1] in labels and len(names) - labels[back[1]] > longest.total():
+                longest = Counter(names[labels[back[1]] :])
+    return longest
 
 
 @contextmanager
@@ -80,10 +107,9 @@ def compiling_for(name: str):
             self.what = read(src.name[:150], metadata, target)
 
         def __call__(self, x, y, z, *_):
-            registers, spills, text = self.what
-            kernel = Compiled(
-                self.src.name, (x, y, z), registers, spills, self.metadata.shared, text
-            )
+            registers, spills, *text_and_loop = self.what
+            shared = self.metadata.shared
+            kernel = Compiled(self.src.name, (x, y, z), registers, spills, shared, *text_and_loop)
             triton.runtime.driver.active.found.append(kernel)  # a kernel outlives its driver
 
     class Driver:
@@ -94,7 +120,7 @@ def compiling_for(name: str):
             load_binary = staticmethod(lambda name, *_: (name, name, 0, 0, 1024))
             get_device_properties = staticmethod(
                 lambda _: dict(
-                    max_shared_mem=1 << 18, multiprocessor_count=132, warpSize=target.warp_size
+                    max_shared_mem=SHARED[name], multiprocessor_count=132, warpSize=target.warp_size
                 )
             )
 
@@ -115,7 +141,7 @@ def compiling_for(name: str):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("gpu")
+    parser.add_argument("gpu", choices=SHARED)
     parser.add_argument("--model", default="120b", choices=["20b", "120b"])
     parser.add_argument("--keep", type=Path)
     args = parser.parse_args()
@@ -127,6 +153,9 @@ def main() -> None:
             print(f"T={T} {k.name} grid={k.grid} registers={k.registers}", end=" ")
             print(f"spills={k.spills} shared={k.shared}")
             print("   ", ", ".join(f"{n} {i}" for i, n in k.instructions().most_common()))
+            if k.loop:
+                common = ", ".join(f"{n} {i}" for i, n in k.loop.most_common(12))
+                print(f"    loop of {k.loop.total()}: {common}")
             if args.keep:
                 args.keep.mkdir(exist_ok=True)
                 (args.keep / f"{k.name}_{T}_{found.index(k)}.txt").write_text(k.text)

@@ -1,6 +1,6 @@
 """Prints the tables of docs/kernels.md and docs/emulator.md, and writes them and docs/loop.svg.
 
-    python tools/counts.py              writes every table (six minutes on two cores)
+    python tools/counts.py              writes every table (eight minutes on two cores)
     python tools/counts.py --check      compares the cheap ones; exit 1 if one differs
 
 A table stands between `<!-- counts: NAME -->` and `<!-- end -->`. All are counted by the emulator
@@ -11,10 +11,12 @@ numbers of source lines, which every edit moves."""
 import argparse
 import collections
 import difflib
+import math
 import re
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +29,10 @@ import draw_loop
 from bench_moe import expert_bytes, packed_experts
 
 import gfx950
+import gptoss
 import moe_gluon
+import ops_triton
+import weights
 from bench import table
 from gfx950 import isa
 
@@ -51,6 +56,14 @@ def inputs(T: int, E: int, H: int) -> tuple:
 # Decode
 
 
+def kb_in_flight(launch, workgroups: int) -> float:
+    """KB that a CU has asked for and waits for, modelled, where so many workgroups have work."""
+    waves = launch.waves // math.prod(launch.grid)  # of a workgroup
+    # Resident on a CU: what its 4 SIMDs hold, in whole workgroups, or what there is for 256.
+    resident = min(launch.profile["occupancy"] * 4 // waves * waves, workgroups * waves / 256)
+    return resident * launch.counters.peak_bytes_in_flight / 1000
+
+
 def decode(T: int, activations: str, packed) -> dict:
     """One layer, emulated."""
     with gfx950.emulate() as gpu:
@@ -65,11 +78,7 @@ def decode(T: int, activations: str, packed) -> dict:
         for name, t in launch.counters.tensors.items():
             requested["weights" if name in ("w", "w_scale") else "others"] += t["read"]
         workgroups = active * launch.grid[0] if launch.name == "dispatch_kernel" else launch.grid[0]
-        waves = launch.waves // (launch.grid[0] * launch.grid[1])  # of a workgroup
-        # Resident on a CU: what its 4 SIMDs hold, in whole workgroups, or what there is for 256.
-        resident = min(launch.profile["occupancy"] * 4 // waves * waves, workgroups * waves / 256)
-        in_flight = resident * launch.counters.peak_bytes_in_flight / 1000
-        flight[launch.name] = workgroups, in_flight
+        flight[launch.name] = workgroups, kb_in_flight(launch, workgroups)
     return {
         "tokens": T,
         "active": active,
@@ -97,6 +106,132 @@ def decode_table(batches: tuple[int, ...]) -> str:
         row["workgroups"] = ", ".join(str(workgroups) for workgroups, _ in gemms)
         row["kb"] = ", ".join(f"{kb:.0f}" for _, kb in gemms)
         rows.append(row)
+    return table(columns, rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# A decode step
+
+CACHED = 512  # tokens of each sequence
+KINDS = ("sliding_attention", "full_attention")
+READS = {"w": "experts", "w_scale": "experts", "router_weight": "router", "pool": "keys"}
+
+
+def two_layers(experts: int = 128) -> gptoss.GPTOSS:
+    """A sliding and a full layer of 120b's shapes, which share their made-up weights, with fp8
+    activations. The embeddings are large beside what layers add, so that tokens choose their
+    experts nearly independently."""
+    config = replace(
+        weights.published("120b"),
+        num_hidden_layers=1,
+        layer_types=("full_attention",),
+        num_local_experts=experts,
+        vocab_size=64,
+    )
+    with gfx950.emulate():
+        model = gptoss.GPTOSS(weights.random(config, "quark"), ops="gluon")
+    model.layers = [replace(model.layers[0], kind=kind) for kind in KINDS]
+    model.config = replace(config, num_hidden_layers=2, layer_types=KINDS)
+    model.embedding *= 1000
+    return model
+
+
+def emulated_step(model: gptoss.GPTOSS, T: int) -> tuple[list, list[int]]:
+    """GPTOSS.forward for T sequences of CACHED tokens -> its launches, active experts by layer."""
+    c, ops, active = model.config, model.ops, []
+    g = torch.Generator().manual_seed(0)
+    pages = T * sum(gptoss.pages_needed(c, CACHED + 1, gptoss.PAGE_SIZE).values())
+    cache = gptoss.KVCache(c, pages, gptoss.PAGE_SIZE, model.device, model.dtype)
+    cache.pool.normal_(generator=g)
+    step = cache.step([[CACHED]] * T, [cache.allocate(CACHED + 1, {}) for _ in range(T)])
+    tokens = torch.randperm(c.vocab_size, generator=g)[:T]
+
+    def moe(x, router_weight, router_bias, packed, top_k, *options):
+        active.append(len(gptoss.gating(x, router_weight, router_bias, top_k).counts))
+        return ops.moe(x, router_weight, router_bias, packed, top_k, *options)
+
+    model.ops = ops._replace(moe=moe)
+    with gfx950.emulate() as gpu, torch.inference_mode():
+        model.forward(tokens, step, cache.pool)
+    model.ops = ops
+    return gpu.launches, active
+
+
+def decode_step(model: gptoss.GPTOSS, T: int) -> dict:
+    """The counts of a step: those of the two layers, each as often as 120b has its kind, and of the
+    last norm. Bytes read, by kind, beside the least: what is active or visible, once a layer; of
+    all else, each byte once a launch."""
+    launches, active = emulated_step(model, T)
+    c, per_layer = model.config, len(launches) // 2
+    times = [weights.published("120b").layer_types.count(kind) for kind in KINDS]
+    of_expert = 3 * expert_bytes(c.hidden_size * c.intermediate_size, "fp8")
+    visible = [min(CACHED, c.sliding_window - 1), CACHED]  # of a token; its own is not in the cache
+    key = 2 * 2 * c.num_key_value_heads * c.head_dim  # bytes of a token: keys and values, bf16
+    least = collections.Counter(
+        experts=sum(n * a * of_expert for n, a in zip(times, active, strict=True)),
+        router=sum(times) * 2 * c.num_local_experts * c.hidden_size,
+        keys=sum(n * T * v * key for n, v in zip(times, visible, strict=True)),
+    )
+    requested, registers, flight = collections.Counter(), collections.Counter(), {}
+    for i, launch in enumerate(launches):
+        layer, n = i // per_layer, [*times, 1][i // per_layer]
+        for name, t in launch.counters.tensors.items():
+            kind = READS.get(name, "others")
+            requested[kind] += n * t["read"]
+            if kind == "others":
+                least[kind] += n * t["read_unique"]
+        name, workgroups = launch.name.removesuffix("_kernel"), launch.grid[0]
+        if name == "decode":
+            name = f"attention {KINDS[layer].partition('_')[0]}"
+            parts = math.ceil(visible[layer] / ops_triton.SPLIT_KEYS.value)
+            workgroups = math.prod(launch.grid[:2]) * parts
+        elif name == "dispatch":
+            workgroups *= active[layer]
+        flight[name] = kb_in_flight(launch, workgroups)
+        registers[name] = max(registers[name], launch.profile["vgprs"] + launch.profile["agprs"])
+    return {
+        "layer": per_layer,
+        "step": sum(times) * per_layer + len(launches) - 2 * per_layer,
+        "active": active,
+        "requested": requested,
+        "least": least,
+        "registers": registers,
+        "spills": sum(
+            launch.profile["vgpr_spills"] + launch.profile["sgpr_spills"] for launch in launches
+        ),
+        "flight": flight,
+    }
+
+
+STEP_BYTES = {
+    "experts": "expert weights",
+    "router": "router weights",
+    "keys": "keys and values",
+    "others": "all else: activations, biases, lists, tables",
+}
+
+
+def step_table(batches: tuple[int, ...]) -> str:
+    """A column a batch."""
+    model, cells = two_layers(), {}
+    for T in batches:
+        n = decode_step(model, T)
+        cell = cells[str(T)] = {
+            "launches of a layer; of the step": f"{n['layer']}; {n['step']}",
+            "active experts, sliding and full layer": ", ".join(map(str, n["active"])),
+        }
+        for kind, what in STEP_BYTES.items():
+            requested, least = n["requested"][kind], n["least"][kind]
+            cell[f"{what}: MB requested; / least"] = (
+                f"{requested / 1e6:,.1f}; {requested / least:.3f}"
+            )
+        cell["spilled registers"] = str(n["spills"])
+        for name, kb in sorted(n["flight"].items()):
+            cell[f"{name}: registers; modelled KB in flight a CU"] = (
+                f"{n['registers'][name]}; {kb:.1f}"
+            )
+    columns = [("tokens", "what", ""), *((T, T, "") for T in cells)]
+    rows = [{"what": w} | {T: cells[T][w] for T in cells} for w in next(iter(cells.values()))]
     return table(columns, rows)
 
 
@@ -303,6 +438,7 @@ def instruction_table() -> str:
 TABLES: dict[str, tuple[Callable[[], str], bool]] = {
     "decode": (lambda: decode_table((1, 4)), True),
     "decode, more tokens": (lambda: decode_table((8, 16)), False),
+    "decode step": (lambda: step_table((1, 8)), False),
     "prefill loop, 8-bit activations": (lambda: loop_table(("fp8", "mxfp8")), True),
     "prefill loop, mxfp4 and bf16": (lambda: loop_table(("mxfp4", "bf16")), False),
     "prefill bytes": (bytes_table, True),
