@@ -98,7 +98,8 @@ def met_experts(model: GPTOSS, prompts: list[list[int]]) -> float:
         met.append(len(gptoss.gating(x, router_weight, router_bias, top_k).chosen.unique()))
         return ops.moe(x, router_weight, router_bias, packed, top_k, *rest)
 
-    engine.step()  # the prompts
+    while engine.waiting or engine.prefilling:
+        engine.step()
     model.ops = ops._replace(moe=moe, capturable=False)
     engine.step()
     model.ops = ops

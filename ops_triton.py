@@ -184,15 +184,13 @@ def decode_kernel(
 ):  # fmt: skip
     """Program (g, s, z): part z of the keys that sequence s's one token sees, for the M query heads
     of key head g. Part 0 has the token's own key, which it caches, and the sinks. How many parts
-    there are depends on the sequence's length alone."""
+    there are depends on the sequence's length alone. Padding, at the end, gets what the first
+    sequence gets: a row that repeats its token then meets no other experts than that."""
     g, s, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + s)
     m, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     live = (m[:, None] < M) & (d[None, :] < D)
-    into = out + (s * G * M + g * M + m[:, None]) * D + d[None, :]
     if position < 0:
-        if z == 0:
-            tl.store(into, tl.zeros([ROWS, COLUMNS], out.dtype.element_ty), mask=live)
         return
     first = 0
     if WINDOW > 0:
@@ -255,7 +253,14 @@ def decode_kernel(
         theirs = theirs[:, :, None] + d[None, None, :]
         theirs = tl.load(theirs, mask=there[:, :, None], other=0.0)
         acc = tl.sum(share[:, :, None] * theirs, 0)
-    tl.store(into, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
+    into = out + (s * G * M + g * M + m[:, None]) * D + d[None, :]
+    mean = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(into, mean, mask=live)
+    if s == 0:
+        row = tl.num_programs(1) - 1
+        while tl.load(positions + row) < 0:
+            tl.store(into + row * (G * M * D), mean, mask=live)
+            row -= 1
 
 
 @triton.jit(do_not_specialize=["Q", "P"])
@@ -433,8 +438,8 @@ class Packed:
 
 def prepare(experts, activations: str) -> Packed:
     """Packs a layer's experts (the fields of weights.Experts) on their device, 16 experts at a
-    time. The result is as large as the input, which is left as it was. Raises ValueError for what
-    the kernels do not multiply."""
+    time; weights without scales are rounded to bfloat16. The result is as large as the input, which
+    is left as it was. Raises ValueError for what the kernels do not multiply."""
     if activations not in ACTIVATIONS:
         expected = ", ".join(ACTIVATIONS)
         raise ValueError(f"activations={activations!r}, expected one of {expected}")
@@ -450,9 +455,9 @@ def prepare(experts, activations: str) -> Packed:
         (experts.down_weight, experts.down_scale),
     ):
         K = weight.shape[2] * (1 if scale is None else 2)
-        if weight.dtype != (torch.bfloat16 if scale is None else torch.uint8):
+        if weight.is_floating_point() != (scale is None):
             raise ValueError(
-                f"expert weights are {weight.dtype}, expected bfloat16, or uint8 with scales"
+                f"expert weights are {weight.dtype}, expected a float, or uint8 with scales"
             )
         if K % GROUP.value and (scale is not None or activations.startswith("mx")):
             raise ValueError(
@@ -478,7 +483,7 @@ def pack(weight: Tensor, scale: Tensor | None, bias: Tensor, input_scale: float,
 
     bias = rows(bias.float())
     if scale is None:
-        return Weight(rows(weight), None, bias, input_scale, False, N, K)
+        return Weight(rows(weight.bfloat16()), None, bias, input_scale, False, N, K)
     blocks = -(-K // 64), bias.shape[1] // 16  # [K/64, N/16]
     data = torch.empty(E, *blocks, 8, 4, 4, dtype=torch.int32, device=weight.device)
     scales = torch.empty(E, *blocks, 8, dtype=torch.int32, device=weight.device)
