@@ -896,26 +896,24 @@ class Tile(NamedTuple):
 
 def tiles_for(T: int, rows: float, mxfp4: bool, dtype: torch.dtype, hip: bool) -> tuple[Tile, Tile]:
     """The tiles of the two GEMMs, of equal BM, for T tokens of a dtype and `rows` pairs an expert
-    in the mean. mxfp4: the weights are, else bfloat16.
-
-    Above decode two stages: with three or four, Triton 3.6 on an H100 gave a tile of another result
-    in one of 1,000 to 4,000 calls (left operands of wgmma from registers that the next stage
-    refills); with two in none of 6,400, at 1.4 times the time (docs/performance.md)."""
+    in the mean. mxfp4: the weights are, else bfloat16."""
     if dtype == torch.float32:  # multiplied without the matrix units: the sums of IEEE's float32
         first = second = Tile(64, 16, 64, 4, 1)
     elif T <= DECODE_TOKENS:
         first, second = Tile(64, 16, 256, 4, 4), Tile(64, 16, 256, 4, 4, 2)
     elif rows <= 8:
-        first = second = Tile(128, 16, 128, 8, 2)
+        first = second = Tile(128, 16, 128, 8, 4)
     elif rows <= 24:
-        first = second = Tile(128, 32, 128, 8, 2)
+        first = second = Tile(128, 32, 128, 8, 4)
     elif rows <= 48:
-        first = second = Tile(128, 64, 64, 8, 2)
+        first = second = Tile(128, 64, 64, 8, 4)
     else:
-        first = second = Tile(128, 128, 64, 8, 2)
+        first = second = Tile(128, 128, 64, 8, 4)
     if not mxfp4 or hip:  # to fit into the local memory of all; to registers, where HIP prefetches
-        BK = 128 if mxfp4 else 64
-        first, second = (t._replace(BK=min(t.BK, BK), stages=2) for t in (first, second))
+        BK, stages = (128, 2) if mxfp4 else (64, 2 if hip else 3)
+        first, second = (
+            t._replace(BK=min(t.BK, BK), stages=min(t.stages, stages)) for t in (first, second)
+        )
     return first, second
 
 
