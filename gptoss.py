@@ -69,7 +69,7 @@ class Step:
 
 
 class Ops(NamedTuple):
-    """The five operations in which devices differ. None of them sees a model or a layer, and none
+    """The six operations in which devices differ. None of them sees a model or a layer, and none
     writes to anything but the pool. EQUATIONS below are their definition."""
 
     prepare: Callable  # (experts, activations) -> packed; once a layer, at load
@@ -79,6 +79,7 @@ class Ops(NamedTuple):
     moe: Callable  # (x [T, H], router_weight, router_bias, packed, k, activations, limit) -> [T, H]
     capturable: bool  # no operation waits for the device: a decode step can be a graph
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # that x may have
+    linear: Callable = F.linear  # (x [T, K], weight [N, K], bias [N] | None) -> [T, N]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -381,7 +382,9 @@ def choose_ops(name: str, device: torch.device) -> Ops:
     import moe_gluon
     import ops_triton as t
 
-    triton = Ops(t.prepare, t.plan, t.add_norm, t.attention, t.moe, capturable=True)
+    triton = Ops(
+        t.prepare, t.plan, t.add_norm, t.attention, t.moe, capturable=True, linear=t.linear
+    )
     if name == "triton" or name == "auto" and not moe_gluon.is_supported():
         return triton
     if not moe_gluon.is_supported():
@@ -576,9 +579,9 @@ class GPTOSS:
         x, plan = self.embedding[tokens], ops.plan(step, c)  # [T, H]
         for layer in self.layers:
             x, h = ops.add_norm(x, y, layer.attn_norm, c.rms_norm_eps)
-            qkv = F.linear(h, layer.qkv_weight, layer.qkv_bias)  # [T, (N + 2G) D]
+            qkv = ops.linear(h, layer.qkv_weight, layer.qkv_bias)  # [T, (N + 2G) D]
             a = ops.attention(qkv, layer.sinks, pool[layer.depth], layer.kind, plan)  # [T, N D]
-            y = F.linear(a, layer.out_weight, layer.out_bias)
+            y = ops.linear(a, layer.out_weight, layer.out_bias)
             x, h = ops.add_norm(x, y, layer.mlp_norm, c.rms_norm_eps)
             router, top_k = (layer.router_weight, layer.router_bias), c.num_experts_per_tok
             y = ops.moe(h, *router, layer.packed, top_k, self.activations, c.swiglu_limit)
@@ -927,7 +930,7 @@ class Engine:
 
     def emit(self, sequences: list[Sequence], hidden: Tensor) -> list[tuple[int, int]]:
         """Samples a token for each sequence from its hidden state [S, H]."""
-        logits = F.linear(hidden, self.model.unembedding).float()  # [S, V]
+        logits = self.model.ops.linear(hidden, self.model.unembedding).float()  # [S, V]
         draws = [sequence.random.random() for sequence in sequences]
         draws = torch.tensor(draws, dtype=torch.float64, device=logits.device)
         return self.accept(sequences, sample(logits, draws, self.sampling).tolist())
@@ -999,7 +1002,7 @@ class DecodeGraph:
 
     def run(self) -> None:
         hidden = self.model.forward(self.tokens, self.step, self.pool)
-        logits = F.linear(hidden, self.model.unembedding).float()  # [S, V]
+        logits = self.model.ops.linear(hidden, self.model.unembedding).float()  # [S, V]
         tokens = sample(logits, self.draws, self.sampling)
         padding = self.step.positions[:, 0] < 0
         self.tokens.copy_(tokens.where(~padding, tokens[0]).clamp(min=0))

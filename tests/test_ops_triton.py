@@ -10,6 +10,7 @@ import bench_ops
 import compile_ops
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from common import TINY, hf_config, prompt_of, relative
@@ -63,6 +64,29 @@ def test_add_norm_keeps_nan_in_its_row():
     with gfx950.emulate():
         norm = ops_triton.add_norm(x, None, torch.ones(96), 1e-5)[1]
     assert norm.isnan().all(1).tolist() == [False, True, False]
+
+
+# -- dense layers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, FLOAT])
+@pytest.mark.parametrize("N, K, bias", [(7, 96, True), (40, 300, False), (1, 1, True)])
+@modes
+def test_linear(dtype, N, K, bias, timing, schedule):
+    x, weight = normal(1, K, dtype=dtype), normal(N, K, seed=1, dtype=dtype)
+    bias = normal(N, seed=2, dtype=dtype) if bias else None
+    with gfx950.emulate(timing=timing, schedule=schedule) as gpu:
+        got = ops_triton.linear(x, weight, bias)
+    want = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    assert got.dtype == dtype and len(gpu.launches) == 1
+    assert relative(got.float(), want) < (SAME_SUMS if dtype == FLOAT else 2.0**-8)  # one rounding
+
+
+def test_linear_of_more_tokens_is_pytorchs():
+    x, weight = normal(3, 64), normal(5, 64, seed=1)
+    with gfx950.emulate() as gpu:
+        assert torch.equal(ops_triton.linear(x, weight), F.linear(x, weight))
+    assert not gpu.launches
 
 
 # -- attention ------------------------------------------------------------------------------------
