@@ -9,7 +9,11 @@ that the L2 cache does not help, and the graph is replayed. us: the median repla
 floor: the bytes that a call cannot avoid over the bandwidth of a copy, measured first, or its FLOP
 over --flops, whichever is more. error: relative L2 against the equations in float32 on the same
 device. A line of JSON is written as soon as it is measured; the table follows at the end. A variant
-BN,BM,BK,warps,stages[,split] replaces the choice of `ops_triton.tiles_for`.
+BN,BM,BK,warps,stages[,split] replaces the choice of `ops_triton.tiles_for`. Of moe_nvidia, which is
+timed beside it up to 64 tokens, --nvidia replaces `cuts_for`: BM:dispatch's NB,WN,WK,AHEAD,X_AHEAD
+[:combine's], BM 0 for the one it would choose.
+
+    python tools/bench_ops.py --only moe --tokens 1 8 64 --nvidia 0:1,1,4,6,1 0:1,1,4,4,1:1,1,8,3,1
 
 Without a GPU --model tiny runs everything once in the emulator, which times nothing."""
 
@@ -23,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -32,6 +37,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import gptoss
+import moe_nvidia
 import ops_triton
 import weights
 
@@ -197,7 +203,7 @@ def attention(bench: Bench, c, cases: list[tuple[int, int, int]]) -> None:
             )  # fmt: skip
 
 
-def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str) -> None:
+def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str, nvidia: list) -> None:
     one = replace(c, num_hidden_layers=1, layer_types=("full_attention",), vocab_size=1)
     layers = [
         weights.random(one, "openai", bench.device, seed).experts[0]
@@ -220,16 +226,21 @@ def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str) ->
         values = 3 * H * c.intermediate_size  # of an expert
         nbytes, flop = active * values * 17 / 32, 2.0 * T * k * values
 
-        def call(x, p, T=T):
-            return ops_triton.moe(x, router, bias, p, k, activations, c.swiglu_limit)
+        step = max(1, T // 16)  # the equations expand each expert of their few tokens
+        want = gptoss.moe_reference(data[0][::step], router, bias, layers[0], k, activations)
 
-        def error(x=data[0], call=call):
-            few = x[:: max(1, len(x) // 16)][:16]  # the equations expand each of their experts
-            want = gptoss.moe_reference(few, router, bias, layers[0], k, activations)
-            return relative(call(x, packed[0])[:: max(1, len(x) // 16)][:16], want)
+        def calls_of(room, data=data):
+            def call(x, p):
+                return room.moe(x, router, bias, p, k, activations, c.swiglu_limit)
 
-        pairs = zip(data, itertools.cycle(packed))
-        calls = [lambda x=x, p=p, call=call: call(x, p) for x, p in pairs]
+            pairs = zip(data, itertools.cycle(packed))
+            return [lambda x=x, p=p: call(x, p) for x, p in pairs]
+
+        calls = calls_of(ops_triton)
+
+        def error(calls=calls, step=step, want=want):
+            return relative(calls[0]()[::step], want)
+
         for variant in [None, *variants]:
             if variant and T <= ops_triton.DECODE_TOKENS and variant.BM != 16:
                 continue
@@ -243,6 +254,19 @@ def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str) ->
                 )  # fmt: skip
                 if variant is None and bench.device.type == "cuda":
                     kernels(bench, calls, T)
+        if T > moe_nvidia.MAX_TOKENS or activations != "bf16" or not moe_nvidia.is_supported():
+            continue
+        calls = calls_of(moe_nvidia)  # which reads ops_triton's packed experts
+        for variant in [None, *nvidia]:
+            cuts = variant or moe_nvidia.cuts_for(T)
+            cuts = cuts[0] or moe_nvidia.cuts_for(T)[0], *cuts[1:]
+            with mock.patch.object(moe_nvidia, "cuts_for", lambda _, cuts=cuts: cuts):
+                cut = ":".join([str(cuts[0]), *(",".join(map(str, cut)) for cut in cuts[1:])])
+                bench.row(
+                    "moe_nvidia", calls, nbytes, flop, partial(error, calls), T=T,
+                    active=round(active, 1), tile=cut, chosen=variant is None,
+                )  # fmt: skip
+                kernels(bench, calls, T)
 
 
 def kernels(bench: Bench, calls: list[Callable], T: int) -> None:
@@ -291,6 +315,12 @@ def tile(text: str) -> ops_triton.Tile:
     return ops_triton.Tile(*map(int, text.split(",")))
 
 
+def nvidia_cuts(text: str) -> tuple[int, moe_nvidia.Cut, moe_nvidia.Cut]:
+    columns, *cuts = text.split(":")
+    cuts = [moe_nvidia.Cut(*map(int, cut.split(","))) for cut in cuts]
+    return int(columns), cuts[0], cuts[-1]
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=["20b", "120b", "tiny"], default="120b")
@@ -298,6 +328,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--activations", default="bf16", choices=ops_triton.ACTIVATIONS)
     parser.add_argument("--variants", nargs="+", type=tile, default=[])
+    parser.add_argument("--nvidia", nargs="+", type=nvidia_cuts, default=[])
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--flops", type=float, default=990e12, help="dense bf16 FLOP/s")
     parser.add_argument("--json", type=Path, help="lines are also printed")
@@ -327,7 +358,7 @@ def main(argv: list[str]) -> int:
         bench = Bench(device, args.seconds, args.flops, output)
         print(json.dumps({"copy TB/s": bench.bandwidth / 1e12}), flush=True)
         if "moe" in args.only:
-            moe(bench, c, many, args.variants, args.activations)
+            moe(bench, c, many, args.variants, args.activations, args.nvidia)
         if "attention" in args.only:
             attention(bench, c, cases)
         if "add_norm" in args.only:
