@@ -1,5 +1,5 @@
 """The mixture-of-experts layer of GPT-OSS in Gluon for NVIDIA GPUs, sm_80 and newer: mxfp4 weights,
-bfloat16 activations, 1 to 64 tokens.
+bfloat16 activations, 1 to 16 tokens; and dense layers of 2 to 16.
 
     packed = prepare(experts, "bf16")                                 # once, at load
     y = moe(x, router_weight, router_bias, packed, top_k, "bf16")     # [T, H] -> [T, H]
@@ -40,10 +40,11 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 # triton 3.7 renamed it
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-MAX_TOKENS = 64
+MAX_TOKENS = 16
 GROUP = 32  # inputs that share a scale
 ROUTE_TOKENS = gl.constexpr(8)  # of a program of `route`: the columns of the matrix instruction
 ROUTE_WARPS = gl.constexpr(8)  # of which each selects the experts of one token
+LINEAR_WARPS = gl.constexpr(8)
 COUNTERS = gl.constexpr(16)  # of `route`, before those of `combine`
 
 
@@ -54,6 +55,45 @@ def is_supported() -> bool:
     except RuntimeError:  # Triton has no active driver
         return False
     return target.backend == "cuda" and target.arch >= 80
+
+
+# --------------------------------------------------------------------------------------------------
+# Kernels that overlap
+#
+# Where a GPU can (programmatic dependent launch, sm_90 and newer), a kernel starts while the one
+# before it still runs, and waits for that where it needs its results. Every kernel waits, so that
+# what came before the one before is done by then too. `dispatch` lets the next kernel start only
+# after its own wait: `combine` reads the lists of `route` before it waits for `dispatch`.
+
+
+def overlapping() -> dict:
+    """Launch options of all kernels here."""
+    overlap = triton.runtime.driver.active.get_current_target().arch >= 90
+    return {"PDL": overlap, "launch_pdl": overlap}
+
+
+@gluon.jit
+def await_earlier(PDL: gl.constexpr):
+    """Waits for the kernel before."""
+    if PDL:
+        assembly("griddepcontrol.wait;")
+
+
+@gluon.jit
+def let_next_start(PDL: gl.constexpr):
+    if PDL:
+        assembly("griddepcontrol.launch_dependents;")
+
+
+@gluon.jit
+def assembly(text: gl.constexpr):
+    """One instruction that gives nothing."""
+    gl.inline_asm_elementwise(text + " // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+def as_words(x: Tensor) -> Tensor:
+    """bfloat16 [.., n] -> int32 [.., n / 2], as the kernels load it."""
+    return x.view(torch.int32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -371,10 +411,11 @@ def keep_order():
 
 
 @gluon.jit
-def expert_gemm(x, row, live, data, scale, expert, n, steps, g: gl.constexpr):
+def expert_gemm(x, row, live, data, scale, expert, n, steps, g: gl.constexpr, PDL: gl.constexpr):
     """float32 [16 NB WN, BM]: rows of the expert's weight times the BM rows of x, over all of K.
-    row, live [BM, 1, 1, 1]. `steps` is a number only the launch knows, so that the loop stays one:
-    in straight code ptxas moves loads towards their use, to save registers."""
+    row, live [BM, 1, 1, 1]. PDL: waits for x, which the kernel before makes, with weights in
+    flight. `steps` is a number only the launch knows, so that the loop stays one: in straight code
+    ptxas moves loads towards their use, to save registers."""
     product: gl.constexpr = product_layout(g.WK, g.WN)
     left: gl.constexpr = gl.DotOperandLayout(0, product, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, product, 2)
@@ -400,6 +441,7 @@ def expert_gemm(x, row, live, data, scale, expert, n, steps, g: gl.constexpr):
     ws, xs = (), ()
     for j in gl.static_range(AHEAD):
         ws = ws + (load_words(data + j * DATA, scale + j * SCALE, j, g),)
+    await_earlier(PDL)
     for j in gl.static_range(X_AHEAD):
         xs = xs + (load_inputs(x + j * X, live, j, g),)
     acc = gl.full([g.WK, 16 * NB, g.BM], 0, gl.float32, product)
@@ -444,7 +486,10 @@ def reorder(x, seen, first, T, z, H: gl.constexpr, PART: gl.constexpr):
 
 
 @gluon.jit
-def route_gemm(x, router_weight, first, T, e, z, H: gl.constexpr, E: gl.constexpr, PART):
+def route_gemm(
+    x, router_weight, first, T, e, z, H: gl.constexpr, E: gl.constexpr, PART: gl.constexpr,
+    PDL: gl.constexpr,
+):  # fmt: skip
     """float32 [16, 8]: the logits of experts e .. for tokens first .., over part z of H."""
     WARPS: gl.constexpr = ROUTE_WARPS
     product: gl.constexpr = product_layout(WARPS, 1)
@@ -458,6 +503,8 @@ def route_gemm(x, router_weight, first, T, e, z, H: gl.constexpr, E: gl.constexp
         k = (z * PART + block) * 32 + iota(2, 4, left, 4) * 8 + iota(3, 8, left, 4)
         live = (block < PART) & (k < H // 2) & (e < E)
         ws = ws + (gl.load(router_weight + e * (H // 2) + k, mask=live, other=0),)
+    await_earlier(PDL)
+    for step in gl.static_range(STEPS):
         block = step * WARPS + iota(1, WARPS, right, 4)
         k = (z * PART + block) * 32 + iota(2, 4, right, 4) * 8 + iota(3, 8, right, 4)
         live = (block < PART) & (k < H // 2) & (token < T)
@@ -545,7 +592,7 @@ def list_tiles(
 def route_kernel(
     x, router_weight, router_bias, seen, logits, chosen, gates, experts, sizes, rows, count,
     arrived, T, H: gl.constexpr, E: gl.constexpr, TOP_K: gl.constexpr, TOKENS: gl.constexpr,
-    BM: gl.constexpr, PARTS: gl.constexpr,
+    BM: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Program (p, z, b): the logits of 16 experts for tokens 8 b .. over part z of H; the last p
     puts them into the order of `dispatch` instead. The last program of 8 tokens to store its logits
@@ -554,10 +601,12 @@ def route_kernel(
     SLOTS: gl.constexpr = triton.next_power_of_2(TOP_K)
     p, z, b = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     first = b * ROUTE_TOKENS
+    let_next_start(PDL)
     if p == (E + 15) // 16:
+        await_earlier(PDL)
         reorder(x, seen, first, T, z, H, PART)
         return
-    acc = route_gemm(x, router_weight, first, T, p * 16, z, H, E, PART)
+    acc = route_gemm(x, router_weight, first, T, p * 16, z, H, E, PART, PDL)
     summed: gl.constexpr = acc.type.layout
     e, token = p * 16 + iota(0, 16, summed, 2), first + iota(1, 8, summed, 2)
     gl.store(logits + (z * T + token) * E + e, acc, mask=(token < T) & (e < E))
@@ -583,6 +632,67 @@ def route_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
+# Dense layers
+
+
+@gluon.jit(do_not_specialize=["T"])
+def linear_kernel(
+    x, weight, bias, out, T, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
+    HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Program n: 16 rows of the weights times BM tokens. The warps split K, and all weights are on
+    their way while the kernel before makes x. x, weight: pairs of bfloat16."""
+    WARPS: gl.constexpr = LINEAR_WARPS
+    product: gl.constexpr = product_layout(WARPS, 1)
+    left: gl.constexpr = left_layout(WARPS)
+    right: gl.constexpr = right_layout(WARPS, 1, BM)
+    STEPS: gl.constexpr = (K + 64 * WARPS - 1) // (64 * WARPS)
+    let_next_start(PDL)
+    r = gl.program_id(0) * 16 + iota(1, 16, left, 4)
+    weight = weight + (r.to(gl.int64) * (K // 2) + iota(2, 4, left, 4) * 8 + iota(3, 8, left, 4))
+    ws, xs = (), ()
+    for step in gl.static_range(STEPS):
+        block = step * WARPS + iota(0, WARPS, left, 4)
+        live = (r < N) & (block * 64 < K)  # K is whole blocks
+        ws = ws + (gl.load(weight + block * 32, mask=live, other=0),)
+    await_earlier(PDL)
+    token = iota(0, BM, right, 4)
+    x = x + (token * (K // 2) + iota(2, 4, right, 4) * 8 + iota(3, 8, right, 4))
+    for step in gl.static_range(STEPS):
+        block = step * WARPS + iota(1, WARPS, right, 4)
+        live = (token < T) & (block * 64 < K)
+        xs = xs + (gl.load(x + block * 32, mask=live, other=0),)
+    acc = gl.full([WARPS, 16, BM], 0, gl.float32, product)
+    for step in gl.static_range(STEPS):
+        w = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
+        acc = mma_v2(w, right_operand(xs[step], gl.DotOperandLayout(1, product, 2)), acc)
+    y = gl.sum(acc, axis=0)
+    summed: gl.constexpr = y.type.layout
+    r, token = gl.program_id(0) * 16 + iota(0, 16, summed, 2), iota(1, BM, summed, 2)
+    if HAS_BIAS:
+        y += gl.load(bias + r, mask=r < N, other=0.0).to(gl.float32)
+    gl.store(out + token * N + r, y.to(gl.bfloat16), mask=(token < T) & (r < N))
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` takes these: bfloat16, 2 to 16 tokens, K of whole blocks."""
+    few = 1 < len(x) <= 16 and weight.shape[1] % 64 == 0
+    return few and x.dtype == weight.dtype == torch.bfloat16
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K], weight [N, K], bias [N], see `multiplies` -> [T, N]. One launch; the weights may be
+    read before earlier launches are done."""
+    T, (N, K) = len(x), weight.shape
+    out = x.new_empty(T, N)
+    linear_kernel[(triton.cdiv(N, 16),)](
+        as_words(x.contiguous()), as_words(weight), bias, out, T, N, K, 8 if T <= 8 else 16,
+        bias is not None, num_warps=LINEAR_WARPS.value, **overlapping(),
+    )  # fmt: skip
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
 # dispatch and combine
 
 
@@ -596,8 +706,8 @@ def swiglu(gate, up, limit):
 
 @gluon.jit
 def dispatch_kernel(
-    x, data, scale, bias, experts, sizes, rows, count, h, limit, steps, TOP_K: gl.constexpr,
-    g: gl.constexpr,
+    data, scale, bias, experts, sizes, rows, count, x, h, limit, steps, TOP_K: gl.constexpr,
+    g: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Program (n, tile): SwiGLU of 16 NB WN rows of the first GEMM for the tile's pairs -> h
     bfloat16 [pairs, N/2], each block in the order of `combine`."""
@@ -605,6 +715,8 @@ def dispatch_kernel(
     summed: gl.constexpr = gl.SliceLayout(0, product_layout(g.WK, g.WN))
     NB: gl.constexpr = g.NB * g.WN
     n, tile = gl.program_id(0), gl.program_id(1)
+    await_earlier(PDL)
+    let_next_start(PDL)
     # all at once: beyond the last tile there is memory, but nothing in it
     tiles, expert, size = gl.load(count), gl.load(experts + tile), gl.load(sizes + tile)
     column = iota(0, g.BM, right, 4)
@@ -613,8 +725,10 @@ def dispatch_kernel(
         return
     r = n * (16 * NB) + iota(0, 16 * NB, summed, 2)
     b = gl.load(bias + expert * g.N + r, mask=r < g.N, other=0.0)
-    acc = expert_gemm(x, pair // TOP_K, column < size, data, scale, expert, n, steps, g) + b
-    gate, up = gl.split(acc.reshape(NB, 2, 8, g.BM).permute(0, 2, 3, 1))  # [NB, 8, BM]
+    acc = expert_gemm(
+        x, pair // TOP_K, column < size, data, scale, expert, n, steps, g, False
+    )  # [rows, BM]
+    gate, up = gl.split((acc + b).reshape(NB, 2, 8, g.BM).permute(0, 2, 3, 1))  # [NB, 8, BM]
     y = swiglu(gate, up, limit)
     layout: gl.constexpr = y.type.layout
     column = iota(2, g.BM, layout, 3)
@@ -628,8 +742,8 @@ def dispatch_kernel(
 
 @gluon.jit(do_not_specialize=["T"])
 def combine_kernel(
-    h, data, scale, bias, gates, experts, sizes, rows, count, y, out, arrived, T, steps,
-    TOP_K: gl.constexpr, g: gl.constexpr,
+    data, scale, bias, experts, sizes, rows, count, h, gates, y, out, arrived, T, steps,
+    TOP_K: gl.constexpr, g: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Program (n, tile): 16 NB WN rows of the second GEMM for the tile's pairs, times their gate
     weights -> y float32 [pairs, N]. The last program of these rows to arrive sums over each token's
@@ -638,17 +752,22 @@ def combine_kernel(
     summed: gl.constexpr = gl.SliceLayout(0, product_layout(g.WK, g.WN))
     BN: gl.constexpr = 16 * g.NB * g.WN
     n, tile = gl.program_id(0), gl.program_id(1)
-    tiles, expert, size = gl.load(count), gl.load(experts + tile), gl.load(sizes + tile)
+    let_next_start(PDL)
+    # past the L1 cache, which may hold the lists of another layer
+    tiles = gl.load(count, cache_modifier=".cg")
+    expert = gl.load(experts + tile, cache_modifier=".cg")
+    size = gl.load(sizes + tile, cache_modifier=".cg")
     column = iota(0, g.BM, right, 4)
-    pair = gl.load(rows + tile * g.BM + column)
+    pair = gl.load(rows + tile * g.BM + column, cache_modifier=".cg")
     if tile >= tiles:
         return
     mine = iota(1, g.BM, summed, 2)
-    out_pair = gl.load(rows + tile * g.BM + mine, mask=mine < size, other=0)
-    gate = gl.load(gates + out_pair)
+    at = rows + tile * g.BM + mine
+    out_pair = gl.load(at, mask=mine < size, other=0, cache_modifier=".cg")
+    gate = gl.load(gates + out_pair, cache_modifier=".cg")
     r = n * BN + iota(0, BN, summed, 2)
     b = gl.load(bias + expert * g.N + r, mask=r < g.N, other=0.0)
-    acc = expert_gemm(h, pair, column < size, data, scale, expert, n, steps, g) + b
+    acc = expert_gemm(h, pair, column < size, data, scale, expert, n, steps, g, PDL) + b
     gl.store(y + out_pair * g.N + r, acc * gate, mask=(mine < size) & (r < g.N))
     if arrive(arrived + COUNTERS + n) == tiles - 1:
         gl.store(arrived + COUNTERS + n, 0)
@@ -681,9 +800,13 @@ ROUTE_PARTS = 3  # of the router's K
 
 
 def cuts_for(T: int) -> tuple[int, Cut, Cut]:
-    """BM and the cuts of dispatch and of combine for T tokens. An expert has at most one pair of
-    each token."""
-    return 8 if T <= 8 else 16, Cut(1, 1, 4, 4, 1), Cut(1, 1, 4, 4, 1)
+    """BM and the cuts of dispatch and of combine for T tokens, the fastest of the 120b on an H100
+    (docs/performance.md). An expert has at most one pair of each token."""
+    if T == 1:
+        return 8, Cut(1, 4, 2, 4, 1), Cut(1, 1, 4, 6, 1)
+    if T <= 8:
+        return 8, Cut(2, 1, 2, 4, 1), Cut(1, 1, 4, 3, 1)
+    return 16, Cut(4, 1, 2, 2, 1), Cut(4, 1, 2, 2, 1)
 
 
 def moe(
@@ -717,45 +840,34 @@ def moe(
     def new(*shape, dtype=torch.int32):
         return x.new_empty(shape, dtype=dtype)
 
-    def words(x):  # of two bfloat16
-        return x.view(torch.int32)
-
     def padded(size):  # whole blocks
         return -(-size // 64) * 64
 
-    chosen, gates, logits = new(R), new(R, dtype=torch.float32), new(ROUTE_PARTS, T, E).float()
+    chosen, gates, logits = (
+        new(R),
+        new(R, dtype=torch.float32),
+        new(ROUTE_PARTS, T, E, dtype=torch.float32),
+    )
     experts, sizes, rows, count = new(tiles), new(tiles), new(tiles, BM), new(1)
     seen, h = (new(n, padded(K), dtype=x.dtype) for n, K in ((T, H), (R, packed.down.K)))
     y = new(R, H, dtype=torch.float32)
     blocks = triton.cdiv(T, ROUTE_TOKENS.value)
     tokens = max(triton.next_power_of_2(T), ROUTE_TOKENS.value)
     route_kernel[(triton.cdiv(E, 16) + 1, ROUTE_PARTS, blocks)](
-        words(x), words(router_weight), router_bias, words(seen), logits, chosen, gates, experts,
-        sizes, rows, count, packed.arrived, T, H, E, top_k, tokens, BM, ROUTE_PARTS,
-        num_warps=ROUTE_WARPS.value,
+        as_words(x), as_words(router_weight), router_bias, as_words(seen), logits, chosen, gates,
+        experts, sizes, rows, count, packed.arrived, T, H, E, top_k, tokens, BM, ROUTE_PARTS,
+        num_warps=ROUTE_WARPS.value, **overlapping(),
     )  # fmt: skip
-    for w, cut, kernel in zip(
-        (packed.gate_up, packed.down), cuts, (dispatch_kernel, combine_kernel), strict=True
-    ):
-        g = Gemm(w.N, w.K, w.wide, BM, *cut)
-        grid = triton.cdiv(w.N, 16 * g.NB * g.WN), tiles
-        steps = triton.cdiv(triton.cdiv(w.K, 64), g.WK)
-        weight, listed = (w.data, w.scale, w.bias), (experts, sizes, rows, count)
-        if kernel is dispatch_kernel:
-            kernel[grid](
-                words(seen),
-                *weight,
-                *listed,
-                h,
-                swiglu_limit,
-                steps,
-                top_k,
-                g,
-                num_warps=g.WK * g.WN,
-            )
-        else:
-            kernel[grid](
-                words(h), *weight, gates, *listed, y, out, packed.arrived, T, steps, top_k, g,
-                num_warps=g.WK * g.WN,
-            )  # fmt: skip
+
+    def launch(kernel, weight: Weight, cut: Cut, *arguments):
+        g = Gemm(weight.N, weight.K, weight.wide, BM, *cut)
+        grid = triton.cdiv(weight.N, 16 * g.NB * g.WN), tiles
+        steps = triton.cdiv(triton.cdiv(weight.K, 64), g.WK)
+        weight, lists = (weight.data, weight.scale, weight.bias), (experts, sizes, rows, count)
+        warps = g.WK * g.WN
+        kernel[grid](*weight, *lists, *arguments, steps, top_k, g, num_warps=warps, **overlapping())
+
+    launch(dispatch_kernel, packed.gate_up, cuts[0], as_words(seen), h, swiglu_limit)
+    arguments = as_words(h), gates, y, out, packed.arrived, T
+    launch(combine_kernel, packed.down, cuts[1], *arguments)
     return out
