@@ -16,7 +16,12 @@ bytes, which are the operands of four instructions, 16 rows of weights x 64 inpu
 are the right operand, 8 columns. No shared memory, no barrier and no change of layout lies in
 between; the warps of a program split K, several loads of each are in flight, and the warps' sums
 meet in shared memory at the end, in a fixed order. That order depends on nothing but K: a token's
-result does not depend on its batch, and is the same in every run. The letters:
+result does not depend on its batch, and is the same in every run.
+
+With PDL (programmatic dependent launch, sm_90 and newer) a kernel starts while the one before it
+still runs, asks for the weights that it will need, and waits for that one only then. Since each
+waits, all that came before is done by then, too. `dispatch` lets `combine` start after its own
+wait: so `route` is done, and `combine` knows the experts whose weights it asks for. The letters:
 
     T  tokens     H  hidden size    I  intermediate size     E  experts    k  experts of a token
     N, K   outer and inner size of a GEMM's weight
@@ -27,8 +32,7 @@ result does not depend on its batch, and is the same in every run. The letters:
 Number formats are OCP MX v1.0, the operands of mma.m16n8k16 those of the PTX ISA ("Matrix Fragments
 for mma.m16n8k16")."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import astuple, dataclass, replace
 
 import torch
 import triton
@@ -40,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 # triton 3.7 renamed it
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-MAX_TOKENS = 16
+MAX_TOKENS = 16  # above, ops_triton's layer is as fast (docs/performance.md)
 GROUP = 32  # inputs that share a scale
 ROUTE_TOKENS = gl.constexpr(8)  # of a program of `route`: the columns of the matrix instruction
 ROUTE_WARPS = gl.constexpr(8)  # of which each selects the experts of one token
@@ -48,52 +52,13 @@ LINEAR_WARPS = gl.constexpr(8)
 COUNTERS = gl.constexpr(16)  # of `route`, before those of `combine`
 
 
-def is_supported() -> bool:
-    """True where Triton's active driver compiles for NVIDIA's sm_80 or newer."""
+def is_supported(least: int = 80) -> bool:
+    """True where Triton's active driver compiles for NVIDIA's sm_80, or `least`, or newer."""
     try:
         target = triton.runtime.driver.active.get_current_target()
     except RuntimeError:  # Triton has no active driver
         return False
-    return target.backend == "cuda" and target.arch >= 80
-
-
-# --------------------------------------------------------------------------------------------------
-# Kernels that overlap
-#
-# Where a GPU can (programmatic dependent launch, sm_90 and newer), a kernel starts while the one
-# before it still runs, and waits for that where it needs its results. Every kernel waits, so that
-# what came before the one before is done by then too. `dispatch` lets the next kernel start only
-# after its own wait: `combine` reads the lists of `route` before it waits for `dispatch`.
-
-
-def overlapping() -> dict:
-    """Launch options of all kernels here."""
-    overlap = triton.runtime.driver.active.get_current_target().arch >= 90
-    return {"PDL": overlap, "launch_pdl": overlap}
-
-
-@gluon.jit
-def await_earlier(PDL: gl.constexpr):
-    """Waits for the kernel before."""
-    if PDL:
-        assembly("griddepcontrol.wait;")
-
-
-@gluon.jit
-def let_next_start(PDL: gl.constexpr):
-    if PDL:
-        assembly("griddepcontrol.launch_dependents;")
-
-
-@gluon.jit
-def assembly(text: gl.constexpr):
-    """One instruction that gives nothing."""
-    gl.inline_asm_elementwise(text + " // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-def as_words(x: Tensor) -> Tensor:
-    """bfloat16 [.., n] -> int32 [.., n / 2], as the kernels load it."""
-    return x.view(torch.int32)
+    return target.backend == "cuda" and target.arch >= least
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,12 +160,14 @@ def spread(byte: Tensor, a: int, b: int) -> Tensor:
 # The cut of a GEMM, and its layouts
 
 
-class Cut(NamedTuple):
-    """How a program multiplies 16 * NB * WN rows of weights by a tile: its warps are WN beside each
-    other, of NB blocks each, times WK along K. In a step warp k of these takes block step * WK + k
-    of K. The weights of AHEAD steps are in flight, and the inputs of X_AHEAD beside those of the
-    step at hand. What WK is decides the order of the sum over K, and therefore its last bits."""
+@dataclass(frozen=True)
+class Cut:
+    """How a program multiplies 16 * NB * WN rows of weights by a tile of BM pairs: its warps are WN
+    beside each other, of NB blocks each, times WK along K. In a step warp k of these takes block
+    step * WK + k of K. The weights of AHEAD steps are in flight, and the inputs of X_AHEAD beside
+    those of the step at hand. WK decides the order of the sum over K, and so its last bits."""
 
+    BM: int
     NB: int
     WN: int
     WK: int
@@ -209,18 +176,12 @@ class Cut(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Gemm:
-    """x [*, K] @ w [N, K].T, tiles of BM pairs, WIDE scales (see `dequantise`), and a Cut."""
+class Gemm(Cut):
+    """x [*, K] @ w [N, K].T. WIDE: see `dequantise`."""
 
     N: int
     K: int
     WIDE: bool
-    BM: int
-    NB: int
-    WN: int
-    WK: int
-    AHEAD: int
-    X_AHEAD: int
 
 
 @gluon.constexpr_function
@@ -238,26 +199,26 @@ def product_layout(WK, WN):
 
 @gluon.constexpr_function
 def words_layout(WK, WN):
-    """Words of blocks, [WK, 32 lanes * blocks, 8 int16]: lane L holds the 16 bytes L of each block,
-    as memory has them."""
+    """Blocks of weights as memory has them, [WK, 32 lanes * blocks, 4 words]: lane L holds the 16
+    bytes L of each block."""
     return gl.BlockedLayout([1, 1, 4], [1, 32, 1], [WK, WN, 1], [2, 1, 0])
 
 
 @gluon.constexpr_function
-def left_layout(WK):
-    """Rows of bfloat16 as memory has them, [WK, 16 rows, 4, 16]: lane 4 r + c holds the 32 bytes c
-    of rows r and r + 8."""
-    registers, lanes = bits(8, 3, 4) + bits(2, 1, 4, 8), bits(4, 2, 4) + bits(8, 1, 4)
-    return gl.DistributedLinearLayout(registers, lanes, bits(WK, 0, 4), [], [WK, 16, 4, 8])
-
-
-@gluon.constexpr_function
 def right_layout(WK, WN, BM):
-    """Inputs as memory has them, [BM, WK, 4, 16]: lane 4 r + c holds the 32 bytes c of column r of
-    each 8; the WN warps that share a block of K hold the same."""
+    """Blocks of inputs as memory has them, [BM, WK, 4, 8 words]: lane 4 r + c holds the 32 bytes c
+    of column r of each 8; the WN warps that share a block of K hold the same."""
     registers, lanes = bits(8, 3, 4) + bits(BM // 8, 0, 4, 8), bits(4, 2, 4) + bits(8, 0, 4)
     warps = [[0, 0, 0, 0]] * (WN.bit_length() - 1) + bits(WK, 1, 4)
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [BM, WK, 4, 8])
+
+
+@gluon.constexpr_function
+def left_layout(WK):
+    """Rows of the router as memory has them, [WK, 16 rows, 4, 8 words]: lane 4 r + c holds the 32
+    bytes c of rows r and r + 8."""
+    registers, lanes = bits(8, 3, 4) + bits(2, 1, 4, 8), bits(4, 2, 4) + bits(8, 1, 4)
+    return gl.DistributedLinearLayout(registers, lanes, bits(WK, 0, 4), [], [WK, 16, 4, 8])
 
 
 @gluon.constexpr_function
@@ -279,23 +240,23 @@ def iota(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr, rank: gl.
 
 
 # --------------------------------------------------------------------------------------------------
-# One step of a GEMM
+# Operands
 #
-# A lane of the matrix instruction's right operand holds inputs 8 m + 2 c + h of a block, m < 8, h <
-# 2: eight words of two bfloat16. So that they are 32 consecutive bytes, the inputs of the expert
-# GEMMs are stored with word m + 8 c of a block's 32 where word 4 m + c would be.
-
+# Lane 4 r + c of the matrix instruction's left operand holds inputs 8 m + 2 c + h of rows r and r +
+# 8 of a block, m < 8, h < 2, and of the right operand the same inputs of column r: eight words of
+# two bfloat16. So that they are 32 consecutive bytes, the inputs of the expert GEMMs are stored
+# with word 4 m + c of a block's 32 at 8 c + m. The router's GEMM needs no such order: it takes word
+# 8 c + m of both operands for 4 m + c, which changes the order of its sums only.
 
 DEQUANTISE_OPERANDS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 12))
 
 
 @gluon.constexpr_function
 def dequantise_asm(wide):
-    """PTX of `dequantise`, for the four words $16 .. $19 of a lane and their scales, the bytes of
-    $20: code (a, b) of word i goes to $(4 (a + 2 b) + i)."""
-    lines = [".reg .b32 one, two, factor, scale, zero;", "mov.b32 zero, 0x80008000;"]
-    if wide:
-        lines += [".reg .pred special;", "mov.b32 factor, 0x7E807E80;"]
+    """PTX of `dequantise` for the four words $16 .. $19 of a lane, whose scales are the bytes of
+    $20: code (a, b) of word i becomes $(4 (a + 2 b) + i)."""
+    lines = [".reg .b32 one, two, factor, scale, zero; .reg .pred special;"]
+    lines += ["mov.b32 zero, 0x80008000; mov.b32 factor, 0x7E807E80;"]
     for i in range(4):
         word, codes = f"${16 + i}", [f"${i}", f"${4 + i}", f"${8 + i}", f"${12 + i}"]
         lines += [
@@ -309,7 +270,7 @@ def dequantise_asm(wide):
         ]
         if wide:
             lines += [
-                "setp.eq.u32 special, scale, 255; mul.lo.u32 two, scale, 0x00800080;",
+                "mul.lo.u32 two, scale, 0x00800080; setp.eq.u32 special, scale, 255;",
                 "selp.b32 two, 0x7FC07FC0, two, special; setp.eq.u32 special, scale, 0;",
                 "selp.b32 scale, 0x00400040, two, special;",
             ]
@@ -317,62 +278,39 @@ def dequantise_asm(wide):
             lines += ["mad.lo.u32 factor, scale, 0x00800080, 0x3F003F00;"]
         for code in codes:  # sm_80 multiplies two bfloat16 only so; adding -0 changes nothing
             lines += [f"fma.rn.bf16x2 {code}, {code}, factor, zero;"]
-            if wide:
-                lines += [f"fma.rn.bf16x2 {code}, {code}, scale, zero;"]
+            lines += [f"fma.rn.bf16x2 {code}, {code}, scale, zero;"] if wide else []
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 @gluon.jit
-def dequantise(words, scales, WIDE: gl.constexpr, NB: gl.constexpr, left: gl.constexpr):
-    """words int16 [WK, 32 * NB, 8] of NB blocks, scales int32 [WK, 32 * NB], a word a lane ->
-    bfloat16 [WK, 16 * NB, 64], the left operand.
+def dequantise(words, scales, left: gl.constexpr, g: gl.constexpr):
+    """words int32 [WK, 32 NB, 4] of NB blocks, scales int32 [WK, 32 NB] -> bfloat16 [WK, 16 NB,
+    64], the left operand.
 
     A code's sign and magnitude where bfloat16 has its sign and the low end of its exponent are the
     code's value times 2^-126, also where it is subnormal. One multiplication by 2^126 and the
-    scale, 2^(byte - 127), puts that right. Their product has a bfloat16 up to byte 128. `WIDE`
+    scale, 2^(byte - 127), puts that right. Their product has a bfloat16 up to byte 128. WIDE
     multiplies by each, and byte 255 is NaN."""
-    WK: gl.constexpr = words.shape[0]
-    words = halves(words).reshape(WK, 32 * NB, 8)
+    NB: gl.constexpr = g.NB * g.WN
+    ASM: gl.constexpr = dequantise_asm(g.WIDE)
+    words = halves(words).reshape(g.WK, 32 * NB, 8)
     flat: gl.constexpr = gl.SliceLayout(2, words.type.layout)
     scales = gl.convert_layout(scales, flat, assert_trivial=True)
     words, scales = gl.broadcast(words, scales[:, :, None])
-    ASM: gl.constexpr = dequantise_asm(WIDE)
     a0b0, a1b0, a0b1, a1b1 = gl.inline_asm_elementwise(
-        ASM,
-        DEQUANTISE_OPERANDS,
-        [words, scales],
+        ASM, DEQUANTISE_OPERANDS, [words, scales], is_pure=True, pack=8,
         dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=8,
-    )
+    )  # fmt: skip
     w = gl.join(gl.join(a0b0, a0b1), gl.join(a1b0, a1b1))  # [WK, 32 NB, (i, h), b, a]
-    w = w.reshape(WK, NB, 8, 4, 2, 2, 2, 2, 2)  # k, block, r, c, i // 2, i % 2, h, b, a
-    w = w.permute(0, 1, 4, 2, 5, 7, 8, 3, 6).reshape(WK, 16 * NB, 64)
+    w = w.reshape(g.WK, NB, 8, 4, 2, 2, 2, 2, 2)  # k, block, r, c, i // 2, i % 2, h, b, a
+    w = w.permute(0, 1, 4, 2, 5, 7, 8, 3, 6).reshape(g.WK, 16 * NB, 64)
     return gl.convert_layout(w, left, assert_trivial=True)
-
-
-@gluon.jit
-def left_operand(w, left: gl.constexpr):
-    """Pairs of bfloat16 w int32 [WK, 16, 4 (c), 8 (m)] -> [WK, 16, 64], inputs as (m, c, h)."""
-    WK: gl.constexpr = w.shape[0]
-    w = halves(w).to(gl.bfloat16, bitcast=True)
-    w = w.permute(0, 1, 3, 2, 4).reshape(WK, 16, 64)
-    return gl.convert_layout(w, left, assert_trivial=True)
-
-
-@gluon.jit
-def right_operand(x, right: gl.constexpr):
-    """Pairs of bfloat16 x int32 [BM, WK, 4 (c), 8 (m)] -> [WK, 64, BM], inputs as (m, c, h)."""
-    BM: gl.constexpr = x.shape[0]
-    WK: gl.constexpr = x.shape[1]
-    x = halves(x).to(gl.bfloat16, bitcast=True)
-    x = x.permute(1, 3, 2, 4, 0).reshape(WK, 64, BM)
-    return gl.convert_layout(x, right, assert_trivial=True)
 
 
 @gluon.jit
 def halves(words):
-    """int32 [.., n] -> int16 [.., 2 n], the lower half of each word first."""
+    """int32 [..] -> int16 [.., 2], the lower half first. No instruction: words that were loaded as
+    int16 would be taken apart and put together again."""
     low, high = gl.inline_asm_elementwise(
         "mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=(gl.int16, gl.int16), is_pure=True,
         pack=1,
@@ -381,82 +319,110 @@ def halves(words):
 
 
 @gluon.jit
-def load_words(data, scale, step, g: gl.constexpr):
-    """The words and scales of a step from where the pointers are, which `words_at` made."""
-    BLOCKS: gl.constexpr = (g.K + 63) // 64
-    layout: gl.constexpr = words_layout(g.WK, g.WN)
-    live = step * g.WK + iota(0, g.WK, layout, 3) < BLOCKS
-    words = gl.load(data, mask=live, other=0)
-    live = step * g.WK + iota(0, g.WK, gl.SliceLayout(2, layout), 2) < BLOCKS
-    return words, gl.load(scale, mask=live, other=0)
+def left_operand(w, left: gl.constexpr):
+    """int32 [WK, 16, 4 (c), 8 (m)] -> bfloat16 [WK, 16, 64 (m, c, h)]."""
+    WK: gl.constexpr = w.shape[0]
+    w = halves(w).to(gl.bfloat16, bitcast=True).permute(0, 1, 3, 2, 4).reshape(WK, 16, 64)
+    return gl.convert_layout(w, left, assert_trivial=True)
 
 
 @gluon.jit
-def load_inputs(x, live, step, g: gl.constexpr):
-    """A step's inputs from where x points."""
-    layout: gl.constexpr = right_layout(g.WK, g.WN, g.BM)
-    block = step * g.WK + iota(1, g.WK, layout, 4)
-    if g.K % 64 == 0:
-        inside = block < g.K // 64
-    else:
-        inside = block * 64 + iota(3, 8, layout, 4) // 4 * 32 < g.K
-    return gl.load(x, mask=live & inside, other=0)
+def right_operand(x, right: gl.constexpr):
+    """int32 [BM, WK, 4 (c), 8 (m)] -> bfloat16 [WK, 64 (m, c, h), BM]."""
+    BM: gl.constexpr = x.shape[0]
+    WK: gl.constexpr = x.shape[1]
+    x = halves(x).to(gl.bfloat16, bitcast=True).permute(1, 3, 2, 4, 0).reshape(WK, 64, BM)
+    return gl.convert_layout(x, right, assert_trivial=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# The GEMM of a tile
+
+STAY = gl.constexpr("bar.warp.sync 0xFFFFFFFF; // $0")
+AWAIT_PREVIOUS = gl.constexpr("griddepcontrol.wait; // $0")
+START_NEXT = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 
 
 @gluon.jit
-def keep_order():
+def order(INSTRUCTION: gl.constexpr):
+    """An instruction that accesses to memory are not moved across. STAY costs nothing, as a warp is
+    together anyway: without it ptxas moves loads down towards their use, to save registers."""
     gl.inline_asm_elementwise(
-        "bar.warp.sync 0xFFFFFFFF; // $0", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
+        INSTRUCTION, "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
 @gluon.jit
-def expert_gemm(x, row, live, data, scale, expert, n, steps, g: gl.constexpr, PDL: gl.constexpr):
-    """float32 [16 NB WN, BM]: rows of the expert's weight times the BM rows of x, over all of K.
-    row, live [BM, 1, 1, 1]. PDL: waits for x, which the kernel before makes, with weights in
-    flight. `steps` is a number only the launch knows, so that the loop stays one: in straight code
-    ptxas moves loads towards their use, to save registers."""
-    product: gl.constexpr = product_layout(g.WK, g.WN)
-    left: gl.constexpr = gl.DotOperandLayout(0, product, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, product, 2)
+def load_weights(data, scale, step, ahead: gl.constexpr, g: gl.constexpr):
+    """Words and scales of the blocks of step + ahead; data and scale point to those of `step`."""
+    layout: gl.constexpr = words_layout(g.WK, g.WN)
+    ROW: gl.constexpr = g.WK * (g.N // 16) * 8  # words r of a step's blocks
+    block = (step + ahead) * g.WK + iota(0, g.WK, layout, 3)
+    words = gl.load(data + ahead * ROW * 16, mask=block < (g.K + 63) // 64, other=0)
+    block = (step + ahead) * g.WK + iota(0, g.WK, gl.SliceLayout(2, layout), 2)
+    return words, gl.load(scale + ahead * ROW, mask=block < (g.K + 63) // 64, other=0)
+
+
+@gluon.jit
+def load_inputs(x, live, step, ahead: gl.constexpr, g: gl.constexpr):
+    """Inputs of the blocks of step + ahead; x points to those of `step`. Columns that are not live
+    and what lies beyond K are zeros."""
+    layout: gl.constexpr = right_layout(g.WK, g.WN, g.BM)
+    block = (step + ahead) * g.WK + iota(1, g.WK, layout, 4)
+    inside = block < (g.K + 63) // 64
+    if g.K % 64 != 0:  # the upper half of the last block is missing
+        inside = block * 64 + iota(3, 8, layout, 4) // 4 * 32 < g.K
+    return gl.load(x + ahead * (g.WK * 32), mask=live & inside, other=0)
+
+
+@gluon.jit
+def expert_gemm(
+    x, row, live, data, scale, expert, n, steps, PDL: gl.constexpr, g: gl.constexpr
+):  # fmt: skip
+    """float32 [16 NB WN, BM]: rows of an expert's weight, from 16 NB WN n on, times the BM rows of
+    x, over all of K. row, live [BM, 1, 1, 1]. PDL: the kernel before this one makes x. `steps` is
+    known only at launch, so that the loop stays one."""
     NB: gl.constexpr = g.NB * g.WN
     AHEAD: gl.constexpr = g.AHEAD
     X_AHEAD: gl.constexpr = g.X_AHEAD
-    K_BLOCKS: gl.constexpr = (g.K + 63) // 64
-    N_BLOCKS: gl.constexpr = g.N // 16
-    data += expert.to(gl.int64) * (K_BLOCKS * N_BLOCKS * 128)
-    scale += expert.to(gl.int64) * (K_BLOCKS * N_BLOCKS * 8)
+    BLOCKS: gl.constexpr = g.N // 16  # of N
+    SIZE: gl.constexpr = (g.K + 63) // 64 * BLOCKS * 8  # words r of an expert
+    product: gl.constexpr = product_layout(g.WK, g.WN)
+    left: gl.constexpr = gl.DotOperandLayout(0, product, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, product, 2)
+    gl.static_assert(BLOCKS % NB == 0)
+
     layout: gl.constexpr = words_layout(g.WK, g.WN)
-    block, lane = iota(0, g.WK, layout, 3), n * (32 * NB) + iota(1, 32 * NB, layout, 3)
-    data = data + (block * (N_BLOCKS * 128) + lane * 4 + iota(2, 4, layout, 3))
+    at = iota(0, g.WK, layout, 3) * BLOCKS * 128 + n * (NB * 128)
+    data += expert.to(gl.int64) * (SIZE * 16)
+    data = data + (at + iota(1, 32 * NB, layout, 3) * 4 + iota(2, 4, layout, 3))
     flat: gl.constexpr = gl.SliceLayout(2, layout)
-    block, lane = iota(0, g.WK, flat, 2), n * (32 * NB) + iota(1, 32 * NB, flat, 2)
-    scale = scale + (block * (N_BLOCKS * 8) + lane // 4)
-    xl: gl.constexpr = right_layout(g.WK, g.WN, g.BM)
-    x = x + gl.where(live, row, 0) * (K_BLOCKS * 32)
-    x = x + (iota(1, g.WK, xl, 4) * 32 + iota(2, 4, xl, 4) * 8 + iota(3, 8, xl, 4))
-    DATA: gl.constexpr = g.WK * N_BLOCKS * 128
-    SCALE: gl.constexpr = g.WK * N_BLOCKS * 8
-    X: gl.constexpr = g.WK * 32
+    at = iota(0, g.WK, flat, 2) * BLOCKS * 8 + n * (NB * 8)
+    scale += expert.to(gl.int64) * SIZE
+    scale = scale + (at + iota(1, 32 * NB, flat, 2) // 4)
+    layout_x: gl.constexpr = right_layout(g.WK, g.WN, g.BM)
+    at = iota(1, g.WK, layout_x, 4) * 32 + iota(2, 4, layout_x, 4) * 8 + iota(3, 8, layout_x, 4)
+    x = x + (gl.where(live, row, 0) * ((g.K + 63) // 64 * 32) + at)
+
     ws, xs = (), ()
     for j in gl.static_range(AHEAD):
-        ws = ws + (load_words(data + j * DATA, scale + j * SCALE, j, g),)
-    await_earlier(PDL)
+        ws = ws + (load_weights(data, scale, 0, j, g),)
+    if PDL:
+        order(AWAIT_PREVIOUS)
     for j in gl.static_range(X_AHEAD):
-        xs = xs + (load_inputs(x + j * X, live, j, g),)
+        xs = xs + (load_inputs(x, live, 0, j, g),)
     acc = gl.full([g.WK, 16 * NB, g.BM], 0, gl.float32, product)
     for step in range(0, steps, AHEAD):
-        data += AHEAD * DATA
-        scale += AHEAD * SCALE
         for j in gl.static_range(AHEAD):
-            xs = xs + (load_inputs(x + (j + X_AHEAD) * X, live, step + j + X_AHEAD, g),)
-            keep_order()
-            w = dequantise(ws[0][0], ws[0][1], g.WIDE, NB, left)
+            xs = xs + (load_inputs(x, live, step, j + X_AHEAD, g),)
+            order(STAY)
+            w = dequantise(ws[0][0], ws[0][1], left, g)
             acc = mma_v2(w, right_operand(xs[0], right), acc)
-            ws = ws[1:] + (load_words(data + j * DATA, scale + j * SCALE, step + j + AHEAD, g),)
-            xs = xs[1:]
-            keep_order()
-        x += AHEAD * X
+            ws, xs = ws[1:] + (load_weights(data, scale, step, j + AHEAD, g),), xs[1:]
+            order(STAY)
+        data += AHEAD * g.WK * BLOCKS * 128
+        scale += AHEAD * g.WK * BLOCKS * 8
+        x += AHEAD * g.WK * 32
     return gl.sum(acc, axis=0)
 
 
@@ -474,45 +440,49 @@ def arrive(counter):
 
 @gluon.jit
 def reorder(x, seen, first, T, z, H: gl.constexpr, PART: gl.constexpr):
-    """Part z, PART blocks long, of 8 rows of x, as words of two bfloat16 -> seen [T, H/64 * 64] in
-    the order in which a lane of `dispatch` reads them: word w of a block to 8 (w % 4) + w // 4."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [ROUTE_WARPS, 1], [1, 0])
-    token, w = first + iota(0, ROUTE_TOKENS, layout, 2), iota(1, 32, layout, 2)
-    for block in range(z * PART, gl.minimum(z * PART + PART, (H + 63) // 64)):
-        live = (token < T) & (block * 32 + w < H // 2)
-        pair = gl.load(x + token * (H // 2) + block * 32 + w, mask=live)
-        at = token * ((H + 63) // 64 * 32) + block * 32 + w % 4 * 8 + w // 4
-        gl.store(seen + at, pair, mask=live)
+    """Part z, PART blocks long, of 8 rows of x, as words of two bfloat16 -> seen, rows of whole
+    blocks with word 4 m + c of a block at 8 c + m."""
+    WARPS: gl.constexpr = ROUTE_WARPS
+    layout: gl.constexpr = gl.BlockedLayout(
+        [ROUTE_TOKENS, 1, 1], [1, 1, 32], [1, WARPS, 1], [2, 1, 0]
+    )
+    token, word = first + iota(0, ROUTE_TOKENS, layout, 3), iota(2, 32, layout, 3)
+    for start in gl.static_range(0, PART, WARPS):
+        block = start + iota(1, WARPS, layout, 3)
+        live = (token < T) & (block < PART) & ((z * PART + block) * 32 + word < H // 2)
+        values = gl.load(x + token * (H // 2) + (z * PART + block) * 32 + word, mask=live)
+        at = token * ((H + 63) // 64 * 32) + (z * PART + block) * 32 + word % 4 * 8 + word // 4
+        gl.store(seen + at, values, mask=live)
 
 
 @gluon.jit
 def route_gemm(
-    x, router_weight, first, T, e, z, H: gl.constexpr, E: gl.constexpr, PART: gl.constexpr,
-    PDL: gl.constexpr,
-):  # fmt: skip
-    """float32 [16, 8]: the logits of experts e .. for tokens first .., over part z of H."""
+    x, w, first, T, e, z, H: gl.constexpr, E: gl.constexpr, PART: gl.constexpr, PDL: gl.constexpr
+):
+    """float32 [16, 8]: logits of experts e .. for tokens first .., over part z of H. x, w: words of
+    two bfloat16."""
     WARPS: gl.constexpr = ROUTE_WARPS
     product: gl.constexpr = product_layout(WARPS, 1)
     left: gl.constexpr = left_layout(WARPS)
     right: gl.constexpr = right_layout(WARPS, 1, ROUTE_TOKENS)
-    STEPS: gl.constexpr = (PART + WARPS - 1) // WARPS
     e, token = e + iota(1, 16, left, 4), first + iota(0, ROUTE_TOKENS, right, 4)
     ws, xs = (), ()
-    for step in gl.static_range(STEPS):
-        block = step * WARPS + iota(0, WARPS, left, 4)
+    for start in gl.static_range(0, PART, WARPS):
+        block = start + iota(0, WARPS, left, 4)
         k = (z * PART + block) * 32 + iota(2, 4, left, 4) * 8 + iota(3, 8, left, 4)
         live = (block < PART) & (k < H // 2) & (e < E)
-        ws = ws + (gl.load(router_weight + e * (H // 2) + k, mask=live, other=0),)
-    await_earlier(PDL)
-    for step in gl.static_range(STEPS):
-        block = step * WARPS + iota(1, WARPS, right, 4)
+        ws = ws + (gl.load(w + e * (H // 2) + k, mask=live, other=0),)
+    if PDL:
+        order(AWAIT_PREVIOUS)
+    for start in gl.static_range(0, PART, WARPS):
+        block = start + iota(1, WARPS, right, 4)
         k = (z * PART + block) * 32 + iota(2, 4, right, 4) * 8 + iota(3, 8, right, 4)
         live = (block < PART) & (k < H // 2) & (token < T)
         xs = xs + (gl.load(x + token * (H // 2) + k, mask=live, other=0),)
     acc = gl.full([WARPS, 16, ROUTE_TOKENS], 0, gl.float32, product)
-    for step in gl.static_range(STEPS):
-        w = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
-        acc = mma_v2(w, right_operand(xs[step], gl.DotOperandLayout(1, product, 2)), acc)
+    for step in gl.static_range(len(ws)):
+        a = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
+        acc = mma_v2(a, right_operand(xs[step], gl.DotOperandLayout(1, product, 2)), acc)
     return gl.sum(acc, axis=0)
 
 
@@ -601,9 +571,11 @@ def route_kernel(
     SLOTS: gl.constexpr = triton.next_power_of_2(TOP_K)
     p, z, b = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     first = b * ROUTE_TOKENS
-    let_next_start(PDL)
+    if PDL:
+        order(START_NEXT)
     if p == (E + 15) // 16:
-        await_earlier(PDL)
+        if PDL:
+            order(AWAIT_PREVIOUS)
         reorder(x, seen, first, T, z, H, PART)
         return
     acc = route_gemm(x, router_weight, first, T, p * 16, z, H, E, PART, PDL)
@@ -641,31 +613,31 @@ def linear_kernel(
     HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Program n: 16 rows of the weights times BM tokens. The warps split K, and all weights are on
-    their way while the kernel before makes x. x, weight: pairs of bfloat16."""
+    their way while the kernel before makes x. x, weight: words of two bfloat16."""
     WARPS: gl.constexpr = LINEAR_WARPS
     product: gl.constexpr = product_layout(WARPS, 1)
     left: gl.constexpr = left_layout(WARPS)
     right: gl.constexpr = right_layout(WARPS, 1, BM)
-    STEPS: gl.constexpr = (K + 64 * WARPS - 1) // (64 * WARPS)
-    let_next_start(PDL)
+    BLOCKS: gl.constexpr = K // 64
+    if PDL:
+        order(START_NEXT)
     r = gl.program_id(0) * 16 + iota(1, 16, left, 4)
     weight = weight + (r.to(gl.int64) * (K // 2) + iota(2, 4, left, 4) * 8 + iota(3, 8, left, 4))
     ws, xs = (), ()
-    for step in gl.static_range(STEPS):
-        block = step * WARPS + iota(0, WARPS, left, 4)
-        live = (r < N) & (block * 64 < K)  # K is whole blocks
-        ws = ws + (gl.load(weight + block * 32, mask=live, other=0),)
-    await_earlier(PDL)
+    for start in gl.static_range(0, BLOCKS, WARPS):
+        block = start + iota(0, WARPS, left, 4)
+        ws = ws + (gl.load(weight + block * 32, mask=(r < N) & (block < BLOCKS), other=0),)
+    if PDL:
+        order(AWAIT_PREVIOUS)
     token = iota(0, BM, right, 4)
     x = x + (token * (K // 2) + iota(2, 4, right, 4) * 8 + iota(3, 8, right, 4))
-    for step in gl.static_range(STEPS):
-        block = step * WARPS + iota(1, WARPS, right, 4)
-        live = (token < T) & (block * 64 < K)
-        xs = xs + (gl.load(x + block * 32, mask=live, other=0),)
+    for start in gl.static_range(0, BLOCKS, WARPS):
+        block = start + iota(1, WARPS, right, 4)
+        xs = xs + (gl.load(x + block * 32, mask=(token < T) & (block < BLOCKS), other=0),)
     acc = gl.full([WARPS, 16, BM], 0, gl.float32, product)
-    for step in gl.static_range(STEPS):
-        w = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
-        acc = mma_v2(w, right_operand(xs[step], gl.DotOperandLayout(1, product, 2)), acc)
+    for step in gl.static_range(len(ws)):
+        a = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
+        acc = mma_v2(a, right_operand(xs[step], gl.DotOperandLayout(1, product, 2)), acc)
     y = gl.sum(acc, axis=0)
     summed: gl.constexpr = y.type.layout
     r, token = gl.program_id(0) * 16 + iota(0, 16, summed, 2), iota(1, BM, summed, 2)
@@ -675,19 +647,19 @@ def linear_kernel(
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` takes these: bfloat16, 2 to 16 tokens, K of whole blocks."""
-    few = 1 < len(x) <= 16 and weight.shape[1] % 64 == 0
+    """Whether `linear` takes these: bfloat16, 2 to 16 tokens, whole blocks of K."""
+    few = 1 < len(x) <= MAX_TOKENS and weight.shape[1] % 64 == 0
     return few and x.dtype == weight.dtype == torch.bfloat16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, K], weight [N, K], bias [N], see `multiplies` -> [T, N]. One launch; the weights may be
     read before earlier launches are done."""
-    T, (N, K) = len(x), weight.shape
+    T, (N, K), pdl = len(x), weight.shape, is_supported(90)
     out = x.new_empty(T, N)
     linear_kernel[(triton.cdiv(N, 16),)](
-        as_words(x.contiguous()), as_words(weight), bias, out, T, N, K, 8 if T <= 8 else 16,
-        bias is not None, num_warps=LINEAR_WARPS.value, **overlapping(),
+        x.contiguous().view(torch.int32), weight.view(torch.int32), bias, out, T, N, K,
+        8 if T <= 8 else 16, bias is not None, pdl, num_warps=LINEAR_WARPS.value, launch_pdl=pdl,
     )  # fmt: skip
     return out
 
@@ -704,71 +676,66 @@ def swiglu(gate, up, limit):
     return gate / (1 + gl.exp(-1.702 * gate)) * (up + 1)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["steps"])
 def dispatch_kernel(
-    data, scale, bias, experts, sizes, rows, count, x, h, limit, steps, TOP_K: gl.constexpr,
-    g: gl.constexpr, PDL: gl.constexpr,
+    x, data, scale, bias, experts, sizes, rows, count, h, limit, steps, TOP_K: gl.constexpr,
+    PDL: gl.constexpr, g: gl.constexpr,
 ):  # fmt: skip
-    """Program (n, tile): SwiGLU of 16 NB WN rows of the first GEMM for the tile's pairs -> h
-    bfloat16 [pairs, N/2], each block in the order of `combine`."""
-    right: gl.constexpr = right_layout(g.WK, g.WN, g.BM)
-    summed: gl.constexpr = gl.SliceLayout(0, product_layout(g.WK, g.WN))
+    """Program (n, tile): 16 NB WN rows of the first GEMM for the tile's pairs, and SwiGLU -> h
+    bfloat16, rows of whole blocks in the order of `combine`."""
     NB: gl.constexpr = g.NB * g.WN
     n, tile = gl.program_id(0), gl.program_id(1)
-    await_earlier(PDL)
-    let_next_start(PDL)
+    if PDL:
+        order(AWAIT_PREVIOUS)
+        order(START_NEXT)
     # all at once: beyond the last tile there is memory, but nothing in it
     tiles, expert, size = gl.load(count), gl.load(experts + tile), gl.load(sizes + tile)
-    column = iota(0, g.BM, right, 4)
+    column = iota(0, g.BM, right_layout(g.WK, g.WN, g.BM), 4)
     pair = gl.load(rows + tile * g.BM + column)
     if tile >= tiles:
         return
-    r = n * (16 * NB) + iota(0, 16 * NB, summed, 2)
-    b = gl.load(bias + expert * g.N + r, mask=r < g.N, other=0.0)
-    acc = expert_gemm(
-        x, pair // TOP_K, column < size, data, scale, expert, n, steps, g, False
-    )  # [rows, BM]
-    gate, up = gl.split((acc + b).reshape(NB, 2, 8, g.BM).permute(0, 2, 3, 1))  # [NB, 8, BM]
-    y = swiglu(gate, up, limit)
+    r = n * (16 * NB) + iota(0, 16 * NB, gl.SliceLayout(0, product_layout(g.WK, g.WN)), 2)
+    b = gl.load(bias + expert * g.N + r)
+    live = column < size
+    acc = expert_gemm(x, pair // TOP_K, live, data, scale, expert, n, steps, False, g) + b
+    gate, up = gl.split(acc.reshape(NB, 2, 8, g.BM).permute(0, 2, 3, 1))  # [NB, 8, BM]
+    y = swiglu(gate, up, limit).to(gl.bfloat16)
     layout: gl.constexpr = y.type.layout
     column = iota(2, g.BM, layout, 3)
     pair = gl.load(rows + tile * g.BM + column, mask=column < size, other=0)
-    # word 4 m + c of a block of h to 8 c + m
+    # value i of octet m: half i % 2 of the word 4 m + i // 2
     m, i = n * NB + iota(0, NB, layout, 3), iota(1, 8, layout, 3)
-    at = m // 8 * 64 + i // 2 * 16 + m % 8 * 2 + i % 2
-    live = (column < size) & (m < g.N // 16)
-    gl.store(h + pair * ((g.N // 2 + 63) // 64 * 64) + at, y.to(gl.bfloat16), mask=live)
+    at = m // 8 * 64 + (i // 2 * 8 + m % 8) * 2 + i % 2
+    gl.store(h + pair * ((g.N // 2 + 63) // 64 * 64) + at, y, mask=column < size)
 
 
-@gluon.jit(do_not_specialize=["T"])
+@gluon.jit(do_not_specialize=["T", "steps"])
 def combine_kernel(
-    data, scale, bias, experts, sizes, rows, count, h, gates, y, out, arrived, T, steps,
-    TOP_K: gl.constexpr, g: gl.constexpr, PDL: gl.constexpr,
+    h, data, scale, bias, gates, experts, sizes, rows, count, y, out, arrived, T, steps,
+    TOP_K: gl.constexpr, PDL: gl.constexpr, g: gl.constexpr,
 ):  # fmt: skip
     """Program (n, tile): 16 NB WN rows of the second GEMM for the tile's pairs, times their gate
     weights -> y float32 [pairs, N]. The last program of these rows to arrive sums over each token's
-    pairs, in order -> out [T, N]."""
-    right: gl.constexpr = right_layout(g.WK, g.WN, g.BM)
+    pairs -> out [T, N]."""
     summed: gl.constexpr = gl.SliceLayout(0, product_layout(g.WK, g.WN))
     BN: gl.constexpr = 16 * g.NB * g.WN
     n, tile = gl.program_id(0), gl.program_id(1)
-    let_next_start(PDL)
-    # past the L1 cache, which may hold the lists of another layer
+    if PDL:
+        order(START_NEXT)
+    # past the L1 cache, which was not emptied since `route` wrote these
     tiles = gl.load(count, cache_modifier=".cg")
     expert = gl.load(experts + tile, cache_modifier=".cg")
     size = gl.load(sizes + tile, cache_modifier=".cg")
-    column = iota(0, g.BM, right, 4)
-    pair = gl.load(rows + tile * g.BM + column, cache_modifier=".cg")
+    column = iota(0, g.BM, right_layout(g.WK, g.WN, g.BM), 4)
+    row = gl.load(rows + tile * g.BM + column, cache_modifier=".cg")
     if tile >= tiles:
         return
-    mine = iota(1, g.BM, summed, 2)
-    at = rows + tile * g.BM + mine
-    out_pair = gl.load(at, mask=mine < size, other=0, cache_modifier=".cg")
-    gate = gl.load(gates + out_pair, cache_modifier=".cg")
-    r = n * BN + iota(0, BN, summed, 2)
-    b = gl.load(bias + expert * g.N + r, mask=r < g.N, other=0.0)
-    acc = expert_gemm(h, pair, column < size, data, scale, expert, n, steps, g, PDL) + b
-    gl.store(y + out_pair * g.N + r, acc * gate, mask=(mine < size) & (r < g.N))
+    live, r = iota(1, g.BM, summed, 2) < size, n * BN + iota(0, BN, summed, 2)
+    pair = rows + tile * g.BM + iota(1, g.BM, summed, 2)
+    pair = gl.load(pair, mask=live, other=0, cache_modifier=".cg")
+    gate, b = gl.load(gates + pair, cache_modifier=".cg"), gl.load(bias + expert * g.N + r)
+    acc = expert_gemm(h, row, column < size, data, scale, expert, n, steps, PDL, g) + b
+    gl.store(y + pair * g.N + r, acc * gate, mask=live)
     if arrive(arrived + COUNTERS + n) == tiles - 1:
         gl.store(arrived + COUNTERS + n, 0)
         sum_pairs(y, out, T, n, TOP_K, g)
@@ -779,17 +746,15 @@ def sum_pairs(y, out, T, n, TOP_K: gl.constexpr, g: gl.constexpr):
     """The sums over each token's pairs, in order, of y float32 [pairs, N] -> 16 NB WN columns of
     out [T, N]."""
     WARPS: gl.constexpr = g.WK * g.WN
-    STEP: gl.constexpr = 2 * WARPS  # tokens
     BN: gl.constexpr = 16 * g.NB * g.WN
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [WARPS, 1], [1, 0])
     r = n * BN + iota(1, BN, layout, 2)
-    for start in range(0, T, STEP):
-        token = start + iota(0, STEP, layout, 2)
-        live = (token < T) & (r < g.N)
-        total = gl.zeros([STEP, BN], gl.float32, layout)
+    for start in range(0, T, 2 * WARPS):
+        token = start + iota(0, 2 * WARPS, layout, 2)
+        total = gl.zeros([2 * WARPS, BN], gl.float32, layout)
         for slot in gl.static_range(TOP_K):
-            total += gl.load(y + (token * TOP_K + slot) * g.N + r, mask=live, other=0.0)
-        gl.store(out + token * g.N + r, total.to(gl.bfloat16), mask=live)
+            total += gl.load(y + (token * TOP_K + slot) * g.N + r, mask=token < T, other=0.0)
+        gl.store(out + token * g.N + r, total.to(gl.bfloat16), mask=token < T)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -799,14 +764,20 @@ def sum_pairs(y, out, T, n, TOP_K: gl.constexpr, g: gl.constexpr):
 ROUTE_PARTS = 3  # of the router's K
 
 
-def cuts_for(T: int) -> tuple[int, Cut, Cut]:
-    """BM and the cuts of dispatch and of combine for T tokens, the fastest of the 120b on an H100
-    (docs/performance.md). An expert has at most one pair of each token."""
+def cuts_for(T: int, *sizes: int) -> tuple[Cut, Cut]:
+    """The cuts of dispatch and of combine, of equal BM, for T tokens and these N: of the 120b the
+    fastest on an H100 (docs/performance.md). An expert has at most one pair of each token."""
     if T == 1:
-        return 8, Cut(1, 4, 2, 4, 1), Cut(1, 1, 4, 6, 1)
-    if T <= 8:
-        return 8, Cut(2, 1, 2, 4, 1), Cut(1, 1, 4, 3, 1)
-    return 16, Cut(4, 1, 2, 2, 1), Cut(4, 1, 2, 2, 1)
+        cuts = Cut(8, 1, 4, 2, 4, 1), Cut(8, 1, 1, 4, 6, 1)
+    elif T <= 8:
+        cuts = Cut(8, 2, 1, 2, 4, 1), Cut(8, 1, 1, 4, 3, 1)
+    else:
+        cuts = Cut(16, 4, 1, 2, 2, 1), Cut(16, 4, 1, 2, 2, 1)
+    # rows that these would not divide: 16 a program
+    return tuple(
+        replace(cut, NB=1, WN=1) if N % (16 * cut.NB * cut.WN) else cut
+        for cut, N in zip(cuts, sizes, strict=True)
+    )
 
 
 def moe(
@@ -834,40 +805,39 @@ def moe(
     out = torch.empty_like(x)
     if not T:
         return out
-    R, (BM, *cuts) = T * top_k, cuts_for(T)
+    up, down, R = packed.gate_up, packed.down, T * top_k
+    first, second = (
+        Gemm(*astuple(cut), w.N, w.K, w.wide)
+        for cut, w in zip(cuts_for(T, up.N, down.N), (up, down), strict=True)
+    )
+    BM, pdl = first.BM, is_supported(90)
     tiles = min(R, E) if T <= BM else min(R, E + R // BM)  # at most
 
     def new(*shape, dtype=torch.int32):
         return x.new_empty(shape, dtype=dtype)
 
-    def padded(size):  # whole blocks
-        return -(-size // 64) * 64
+    def launch(kernel, g, *arguments) -> None:
+        steps = triton.cdiv(triton.cdiv(g.K, 64), g.WK)
+        grid = g.N // (16 * g.NB * g.WN), tiles
+        kernel[grid](*arguments, steps, top_k, pdl, g, num_warps=g.WK * g.WN, launch_pdl=pdl)
 
-    chosen, gates, logits = (
-        new(R),
-        new(R, dtype=torch.float32),
-        new(ROUTE_PARTS, T, E, dtype=torch.float32),
-    )
-    experts, sizes, rows, count = new(tiles), new(tiles), new(tiles, BM), new(1)
-    seen, h = (new(n, padded(K), dtype=x.dtype) for n, K in ((T, H), (R, packed.down.K)))
-    y = new(R, H, dtype=torch.float32)
-    blocks = triton.cdiv(T, ROUTE_TOKENS.value)
+    # activations of the expert GEMMs, in words of two bfloat16 and whole blocks
+    seen, h = new(T, triton.cdiv(H, 64) * 32), new(R, triton.cdiv(down.K, 64) * 32)
+    listed = new(tiles), new(tiles), new(tiles, BM), new(1)  # experts, sizes, rows, count
+    chosen, gates = new(R), new(R, dtype=torch.float32)
+    logits, y = (new(*s, dtype=torch.float32) for s in ((ROUTE_PARTS, T, E), (R, H)))
     tokens = max(triton.next_power_of_2(T), ROUTE_TOKENS.value)
-    route_kernel[(triton.cdiv(E, 16) + 1, ROUTE_PARTS, blocks)](
-        as_words(x), as_words(router_weight), router_bias, as_words(seen), logits, chosen, gates,
-        experts, sizes, rows, count, packed.arrived, T, H, E, top_k, tokens, BM, ROUTE_PARTS,
-        num_warps=ROUTE_WARPS.value, **overlapping(),
+    route_kernel[(triton.cdiv(E, 16) + 1, ROUTE_PARTS, triton.cdiv(T, ROUTE_TOKENS.value))](
+        x.view(torch.int32), router_weight.contiguous().view(torch.int32), router_bias, seen,
+        logits, chosen, gates, *listed, packed.arrived, T, H, E, top_k, tokens, BM, ROUTE_PARTS,
+        pdl, num_warps=ROUTE_WARPS.value, launch_pdl=pdl,
     )  # fmt: skip
-
-    def launch(kernel, weight: Weight, cut: Cut, *arguments):
-        g = Gemm(weight.N, weight.K, weight.wide, BM, *cut)
-        grid = triton.cdiv(weight.N, 16 * g.NB * g.WN), tiles
-        steps = triton.cdiv(triton.cdiv(weight.K, 64), g.WK)
-        weight, lists = (weight.data, weight.scale, weight.bias), (experts, sizes, rows, count)
-        warps = g.WK * g.WN
-        kernel[grid](*weight, *lists, *arguments, steps, top_k, g, num_warps=warps, **overlapping())
-
-    launch(dispatch_kernel, packed.gate_up, cuts[0], as_words(seen), h, swiglu_limit)
-    arguments = as_words(h), gates, y, out, packed.arrived, T
-    launch(combine_kernel, packed.down, cuts[1], *arguments)
+    launch(
+        dispatch_kernel, first, seen, up.data, up.scale, up.bias, *listed, h.view(torch.bfloat16),
+        swiglu_limit,
+    )  # fmt: skip
+    launch(
+        combine_kernel, second, h, down.data, down.scale, down.bias, gates, *listed, y, out,
+        packed.arrived, T,
+    )  # fmt: skip
     return out
