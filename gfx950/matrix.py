@@ -120,6 +120,9 @@ def mfma(ins):
     dst, a, b, c, *scale = ins.operands
     halves = [m[6] == "f8f6f4" and f is not E2M1 for f in (fmt_a, fmt_b)]
     if scaled:
+        # LLVM (PR 158117): of a scalar or a constant the hardware takes other bits than a byte
+        if any(s.kind != "v" for s in scale):
+            raise Unsupported("scales outside vector registers")
         lo, hi = ins.mods.get("op_sel", [0, 0]), ins.mods.get("op_sel_hi", [0, 0])
         get_scale = [reader(s, "u32") for s in scale]
         byte = [lo[i] + 2 * hi[i] for i in (0, 1)]
