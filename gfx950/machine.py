@@ -244,7 +244,7 @@ class Machine:
     """Runs a program over a grid. spans: the tensors; kernarg: address of the kernel arguments;
     counters: three int64 arrays, an element per instruction, of wave-instructions, LDS cycles and
     bank-conflict cycles. traced: a workgroup, the instruction numbers of whose first wave go to the
-    list `trace`."""
+    list `trace`. sums: of `emulate`."""
 
     def __init__(
         self,
@@ -259,6 +259,7 @@ class Machine:
         rng,
         counters,
         traced=None,
+        sums="exact",
     ):
         self.program, self.code, self.timing, self.schedule, self.rng = (
             program,
@@ -282,7 +283,7 @@ class Machine:
         self.registers = program.accum_offset + d.get("agpr_count", 0)
         self.counts, self.lds_cycles, self.conflict_cycles = counters
         self.peak_inflight, self.unwritten_reads, self.conflicts = 0, 0, {}
-        self.traced, self.trace = traced, []
+        self.traced, self.trace, self.sums = traced, [], sums
         self.leader = int(rng.integers(num_warps))  # the wave that runs ahead under "skew"
 
     def run(self):

@@ -83,6 +83,7 @@ class Bench:
         leader=0,
         scratch=0,
         directives=None,
+        sums="exact",
     ):
         code = [
             parse_instruction(line, f"line {i}", 64) for i, line in enumerate([*lines, "s_endpgm"])
@@ -103,6 +104,7 @@ class Bench:
             schedule,
             np.random.default_rng(0),
             counters,
+            sums=sums,
         )
         self.m.leader = leader
         self.m.start(np.arange(1))

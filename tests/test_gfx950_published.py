@@ -5,11 +5,13 @@ ISA: "AMD Instinct MI300 ISA" (CDNA3) and "CDNA4 ISA". rocjitsu: AMD's emulator,
 emulation/rocjitsu/lib/rocjitsu/src/rocjitsu/isa/arch/amdgpu/shared/."""
 
 import itertools
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from test_gfx950 import BASE, IDS, M32, Bench, descriptor, over, tensor
+from test_gfx950 import BASE, IDS, M32, Bench, as_f32, descriptor, over, round_f32, tensor
 
 import gfx950
 from gfx950.memory import LDS
@@ -106,7 +108,7 @@ def test_operand_and_result_places(text, dim, k_size, a, b):
 
 @pytest.mark.parametrize("a, b", list(itertools.product(("fp8", "bf8", "fp4"), repeat=2)))
 @pytest.mark.parametrize("dim, k_size", [(16, 128), (32, 64)])
-def test_places_and_scales_of_scaled_operands(a, b, dim, k_size):
+def test_places_and_scales_of_scaled_operands(a, b, dim, k_size, sums="exact"):
     """Another scale in every row and block, of which no permutation of K common to A and B leaves
     the result as it is; scale 0 is 2^-127 (FlyDSL PR 744, on hardware), 255 is NaN (OCP MX 1.0)."""
     generator = torch.Generator().manual_seed(1)
@@ -135,7 +137,7 @@ def test_places_and_scales_of_scaled_operands(a, b, dim, k_size):
         exponent = scale_x[:, block, None] + scale_y[None, :, block] - 254
         part = (value_a(x[:, k]) @ value_b(y[:, k]).T) * torch.exp2(exponent.double())
         want += part.masked_fill(scale_y[None, :, block] == 255, torch.nan)
-    got = result(Bench([line], regs), 24, dim)
+    got = result(Bench([line], regs, sums=sums), 24, dim)
     assert np.array_equal(got, want.float().numpy(), equal_nan=True)
     assert np.isnan(got[:, 5]).all() and np.isfinite(np.delete(got, 5, 1)).all()
     assert 0 < abs(got[3, 7]) < 1 and 0 < np.abs(np.delete(got[3], (5, 7))).max() < 2.0**-100
@@ -147,6 +149,110 @@ def test_scales_outside_vector_registers_are_refused(scales):
     line = f"v_mfma_scale_f32_16x16x128_f8f6f4 v[0:3], v[4:11], v[12:19], 0, {scales} cbsz:0"
     with pytest.raises(gfx950.Unsupported, match="scales outside vector registers"):
         Bench([line])
+
+
+# ----------------------------------------------------------------- other rules for the sum inside
+
+
+def exponent(x, least):
+    """floor(log2 |x|), at least `least`; of a zero -126."""
+    return max(math.frexp(x)[1] - 1, least) if x else -126
+
+
+def cut(x, unit, rounding):
+    return rounding(Fraction(x) / Fraction(2) ** unit) * Fraction(2) ** unit
+
+
+def rounded(x):
+    """Fraction -> the nearest float32; the sums here are far from its ends, and not zero."""
+    return Fraction(as_f32(round_f32(x))) if x else Fraction(0)
+
+
+def mma_sim_group(x, y, c, least, narrow):
+    """microsoft/MMA-Sim, mmasim/simulator/arithmetic.py, amd_fused_dot_rd_add with 24 fraction
+    bits, of one group of products [(value, value)]; `least`: the formats' smallest exponents."""
+
+    def fused(pairs):
+        e = [exponent(a, least[0]) + exponent(b, least[1]) for a, b in pairs]
+        top = max(e)
+        return sum(cut(a * b, top - 24, math.trunc) for a, b in pairs), top
+
+    pairs = [(Fraction(a), Fraction(b)) for a, b in zip(x, y, strict=True)]
+    ec = exponent(c, -126)
+    if narrow:
+        (even, e), (odd, f) = fused(pairs[0::2]), fused(pairs[1::2])
+        top = max(e, f)
+        s = cut(even, top - 24, math.floor) + cut(odd, top - 24, math.floor)
+    else:
+        s, top = fused(pairs)
+    most = max(top, ec)
+    kept = 0 if narrow and ec < most - 25 else cut(c, most - 24, math.floor)
+    return rounded(cut(s, most - 31, math.floor) + kept)
+
+
+def by_mma_sim(x, y, c, kind):
+    least = {"bf16": -126, "fp8": -6}[kind]
+    group, total = 8 if kind == "bf16" else 16, Fraction(c)
+    for k in range(0, len(x), group):
+        total = mma_sim_group(x[k : k + group], y[k : k + group], total, (least,) * 2, group == 16)
+    return total
+
+
+def by_chain(x, y, c, kind):
+    """rocjitsu, mma_exec.h: fused multiply-adds in order."""
+    total = Fraction(c)
+    for a, b in zip(x, y, strict=True):
+        total = rounded(Fraction(a) * Fraction(b) + total)
+    return total
+
+
+def emulated_sums(name, kind, k_size, x, y, c, sums):
+    """D = x y^T + c of one 16 x 16 instruction, by this rule."""
+    bits, _, _ = ELEMENT[kind]
+    rx, ry = operand_registers(x, 16, k_size, bits), operand_registers(y, 16, k_size, bits)
+    regs = {4 + i: r for i, r in enumerate(rx)} | {12 + i: r for i, r in enumerate(ry)}
+    regs |= {24 + r: np.zeros(64, np.uint32) for r in range(4)}
+    for i, j in itertools.product(range(16), repeat=2):
+        register, lane = output_place(16, i, j)
+        regs[24 + register][lane] = c[i, j].view(np.uint32)
+    line = f"v_mfma_{name} v[24:27], {span(4, len(rx))}, {span(12, len(ry))}, v[24:27]"
+    return result(Bench([line], regs, sums=sums), 24, 16)
+
+
+@pytest.mark.parametrize("sums, oracle", [("cdna3", by_mma_sim), ("chain", by_chain)])
+@pytest.mark.parametrize(
+    "name, kind, k_size", [("f32_16x16x32_bf16", "bf16", 32), ("f32_16x16x32_fp8_fp8", "fp8", 32)]
+)
+def test_other_sums(name, kind, k_size, sums, oracle):
+    """Values of many magnitudes, against the rule in exact fractions, and unlike the exact sum."""
+    generator = torch.Generator().manual_seed(4)
+
+    def codes():
+        spread = torch.randn(16, k_size, generator=generator)
+        spread *= torch.exp2(torch.randint(-7, 8, (16, k_size), generator=generator))
+        if kind == "bf16":
+            return spread.bfloat16().view(torch.int16).long() & 0xFFFF
+        return spread.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).long()
+
+    x, y = codes(), codes()
+    c = (torch.randn(16, 16, generator=generator) * 1000).numpy()
+    got = emulated_sums(name, kind, k_size, x, y, c, sums)
+    xs, ys = (ELEMENT[kind][2](t).tolist() for t in (x, y))
+    want = [
+        [float(oracle(a, b, float(c[i, j]), kind)) for j, b in enumerate(ys)]
+        for i, a in enumerate(xs)
+    ]
+    assert np.array_equal(got, np.array(want, np.float32))
+    exact = emulated_sums(name, kind, k_size, x, y, c, "exact")
+    # of K + 1 terms of up to 2^30, a rounding of 2^-24 each
+    assert 0 < np.abs(got - exact).max() <= (k_size + 1) * 2.0**-24 * 2.0**30
+
+
+@pytest.mark.parametrize("sums", ["cdna3", "chain"])
+@pytest.mark.parametrize("a, b", [("fp8", "fp4"), ("fp4", "fp4")])
+def test_other_sums_agree_where_all_are_exact(a, b, sums):
+    test_places_and_scales_of_scaled_operands(a, b, 16, 128, sums)
+    test_places_and_scales_of_scaled_operands(a, b, 32, 64, sums)
 
 
 # ----------------------------------------------------------------------------- memory and its range
