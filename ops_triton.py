@@ -1,8 +1,9 @@
-"""The five operations of a forward pass as Triton kernels, for every GPU that Triton compiles for.
+"""The six operations of a forward pass as Triton kernels, for every GPU that Triton compiles for.
 
-`prepare`, `plan`, `add_norm`, `attention` and `moe` have the signatures and the results of the
-operations of the same names in gptoss.py, which are their definition; none of them reads anything
-back from the device, so that a decode step can be captured as a graph. The letters are gptoss.py's:
+`prepare`, `plan`, `add_norm`, `linear`, `attention` and `moe` have the signatures and the results
+of the operations of the same names in gptoss.py, which are their definition; none of them reads
+anything back from the device, so that a decode step can be captured as a graph. The letters are
+gptoss.py's:
 
     T  tokens of a step, S sequences of Q each       H  hidden size       I  intermediate size
     N  query heads       G  key/value heads          D  head dim          E  experts
@@ -29,6 +30,7 @@ ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = 2^(x LOG2E)
 GROUP = tl.constexpr(32)  # values that share a scale (OCP Microscaling Formats v1.0, 5.2)
 DECODE_TOKENS = 16  # up to here: one tile of tokens meets the weights of each active expert
+LINEAR_ROWS = 4  # of weights a program, of which each lane of 4 warps holds 1/128
 SPLITS, SPLIT_KEYS = tl.constexpr(16), tl.constexpr(128)  # parts of a sequence's keys; of a part
 
 
@@ -53,13 +55,35 @@ def arrive(counter, lane, HIP: tl.constexpr):
     return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
 
 
+def overlapping() -> dict:
+    """Launch options under which a kernel starts while the one before still runs, where a GPU can:
+    programmatic dependent launch of sm_90 and newer (CUDA C++ Programming Guide, "Programmatic
+    Dependent Launch and Synchronization")."""
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "cuda" and target.arch >= 90:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@triton.jit
+def await_earlier(PDL: tl.constexpr):
+    """Before a kernel's first access to what others write: lets the next one start, and waits until
+    the one before is done. As that has waited too, so is everything before it."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
 # --------------------------------------------------------------------------------------------------
 # Residual and norm
 
 
 @triton.jit
-def add_norm_kernel(x, y, scale, total, norm, H, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr):
+def add_norm_kernel(
+    x, y, scale, total, norm, H, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """A program a row."""
+    await_earlier(PDL)
     h = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * H + h
     wide = tl.load(x + at, mask=h < H, other=0.0).to(tl.float32)
@@ -82,9 +106,44 @@ def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, eps: float) -> tuple[Te
     warps = min(max(block // 512, 1), 16)
     if T:
         add_norm_kernel[(T,)](
-            x, y, scale, total, norm, H, eps, y is not None, block, num_warps=warps
+            x, y, scale, total, norm, H, eps, y is not None, block, num_warps=warps, **overlapping()
         )
     return total, norm
+
+
+# --------------------------------------------------------------------------------------------------
+# Dense layers
+
+
+@triton.jit
+def linear_kernel(
+    x, weight, bias, out, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program n: BN rows of the weights, all K of them at once, times one token."""
+    r, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    there = (r < N)[:, None] & (k < K)[None, :]
+    # Weights are no kernel's result: they are on their way while the one before still makes x.
+    w = tl.load(weight + r.to(tl.int64)[:, None] * K + k[None, :], mask=there, other=0.0)
+    await_earlier(PDL)
+    y = tl.sum(w.to(tl.float32) * tl.load(x + k, mask=k < K, other=0.0).to(tl.float32), 1)
+    if HAS_BIAS:
+        y += tl.load(bias + r, mask=r < N, other=0.0).to(tl.float32)
+    tl.store(out + r, y.to(out.dtype.element_ty), mask=r < N)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K], weight [N, K], bias [N] -> [T, N] in x's dtype. One token: one launch, and bytes
+    over bandwidth; the weights may be read before earlier launches are done. More: PyTorch's."""
+    if len(x) != 1:
+        return torch.nn.functional.linear(x, weight, bias)
+    N, K = weight.shape
+    out = x.new_empty(1, N)
+    linear_kernel[(triton.cdiv(N, LINEAR_ROWS),)](
+        x.contiguous(), weight, bias, out, N, K, LINEAR_ROWS, next_power(K), bias is not None,
+        num_warps=4, **overlapping(),
+    )  # fmt: skip
+    return out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -181,18 +240,18 @@ def decode_kernel(
     qkv, sinks, pool, out, cos, sin, positions, table, parts, arrived, P, scale,
     WINDOW: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr, HIP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (g, s, z): part z of the keys that sequence s's one token sees, for the M query heads
     of key head g. Part 0 has the token's own key, which it caches, and the sinks. How many parts
-    there are depends on the sequence's length alone."""
+    there are depends on the sequence's length alone. Padding, at the end, gets what the first
+    sequence gets: a row that repeats its token then meets no other experts than that."""
+    await_earlier(PDL)
     g, s, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + s)
     m, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     live = (m[:, None] < M) & (d[None, :] < D)
-    into = out + (s * G * M + g * M + m[:, None]) * D + d[None, :]
     if position < 0:
-        if z == 0:
-            tl.store(into, tl.zeros([ROWS, COLUMNS], out.dtype.element_ty), mask=live)
         return
     first = 0
     if WINDOW > 0:
@@ -255,7 +314,14 @@ def decode_kernel(
         theirs = theirs[:, :, None] + d[None, None, :]
         theirs = tl.load(theirs, mask=there[:, :, None], other=0.0)
         acc = tl.sum(share[:, :, None] * theirs, 0)
-    tl.store(into, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
+    into = out + (s * G * M + g * M + m[:, None]) * D + d[None, :]
+    mean = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(into, mean, mask=live)
+    if s == 0:
+        row = tl.num_programs(1) - 1
+        while tl.load(positions + row) < 0:
+            tl.store(into + row * (G * M * D), mean, mask=live)
+            row -= 1
 
 
 @triton.jit(do_not_specialize=["Q", "P"])
@@ -376,7 +442,7 @@ def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -
         parts = qkv.new_empty(S * G * splits, rows, columns + 4, dtype=torch.float32)
         decode_kernel[(G, S, splits)](
             qkv, sinks, pool, out, *step, table, parts, plan.arrived, P, scale, window,
-            plan.page_size, M, G, D, rows, columns, 64, on_hip(), num_warps=4,
+            plan.page_size, M, G, D, rows, columns, 64, on_hip(), num_warps=4, **overlapping(),
         )  # fmt: skip
         return out
     keys = qkv.new_empty(T, G, D)
@@ -433,8 +499,8 @@ class Packed:
 
 def prepare(experts, activations: str) -> Packed:
     """Packs a layer's experts (the fields of weights.Experts) on their device, 16 experts at a
-    time. The result is as large as the input, which is left as it was. Raises ValueError for what
-    the kernels do not multiply."""
+    time; weights without scales are rounded to bfloat16. The result is as large as the input, which
+    is left as it was. Raises ValueError for what the kernels do not multiply."""
     if activations not in ACTIVATIONS:
         expected = ", ".join(ACTIVATIONS)
         raise ValueError(f"activations={activations!r}, expected one of {expected}")
@@ -450,9 +516,9 @@ def prepare(experts, activations: str) -> Packed:
         (experts.down_weight, experts.down_scale),
     ):
         K = weight.shape[2] * (1 if scale is None else 2)
-        if weight.dtype != (torch.bfloat16 if scale is None else torch.uint8):
+        if weight.is_floating_point() != (scale is None):
             raise ValueError(
-                f"expert weights are {weight.dtype}, expected bfloat16, or uint8 with scales"
+                f"expert weights are {weight.dtype}, expected a float, or uint8 with scales"
             )
         if K % GROUP.value and (scale is not None or activations.startswith("mx")):
             raise ValueError(
@@ -478,7 +544,7 @@ def pack(weight: Tensor, scale: Tensor | None, bias: Tensor, input_scale: float,
 
     bias = rows(bias.float())
     if scale is None:
-        return Weight(rows(weight), None, bias, input_scale, False, N, K)
+        return Weight(rows(weight.bfloat16()), None, bias, input_scale, False, N, K)
     blocks = -(-K // 64), bias.shape[1] // 16  # [K/64, N/16]
     data = torch.empty(E, *blocks, 8, 4, 4, dtype=torch.int32, device=weight.device)
     scales = torch.empty(E, *blocks, 8, dtype=torch.int32, device=weight.device)
@@ -614,12 +680,13 @@ def route_kernel(
     x, router_weight, router_bias, logits, chosen, gates, experts, rows, count, seen, arrived, T,
     scale, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
     PART: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, ACTIVATIONS: tl.constexpr,
-    DECODE: tl.constexpr, HIP: tl.constexpr,
+    DECODE: tl.constexpr, HIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (p, z, b): logits of EXPERTS experts for TOKENS tokens over part z of H, PART long;
     p = 0 rounds this part of x to `seen`, as the first GEMM sees it. The last program of a block of
     tokens to arrive adds the parts up and selects each token's experts. In decode it then lists the
     active experts, and for each of them a row of pairs, by token, -1 for those not routed to it."""
+    await_earlier(PDL)
     PADDED_E: tl.constexpr = triton.next_power_of_2(E)
     p, z, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = block * TOKENS + tl.arange(0, TOKENS)
@@ -767,13 +834,14 @@ def expert_kernel(
     down_scale, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, ACTIVATIONS: tl.constexpr,
     DISPATCH: tl.constexpr, DECODE: tl.constexpr, MX: tl.constexpr, WIDE: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    HIP: tl.constexpr,
+    HIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (n, tile, z): BN rows of the tile's expert times the inputs of its BM pairs, over
     part z of SPLIT of K; weights are the left operand, pairs the columns. DISPATCH: the first GEMM,
     bias and SwiGLU -> h [pairs, N/2], as the second GEMM sees it. Else the second GEMM and bias,
     times the gate weight -> h float32 [SPLIT, pairs, N]; in decode, the last program for these rows
     to arrive adds up the parts and the TOP_K pairs of each token -> out [T, N]."""
+    await_earlier(PDL)
     NB: tl.constexpr = BN // 16
     BLOCKS: tl.constexpr = (N + 15) // 16  # of 16 rows
     n, tile, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -891,26 +959,24 @@ class Tile(NamedTuple):
 
 def tiles_for(T: int, rows: float, mxfp4: bool, dtype: torch.dtype, hip: bool) -> tuple[Tile, Tile]:
     """The tiles of the two GEMMs, of equal BM, for T tokens of a dtype and `rows` pairs an expert
-    in the mean. mxfp4: the weights are, else bfloat16.
-
-    Above decode two stages: with three or four, Triton 3.6 on an H100 gave a tile of another result
-    in one of 1,000 to 4,000 calls (left operands of wgmma from registers that the next stage
-    refills); with two in none of 6,400, at 1.4 times the time (docs/performance.md)."""
+    in the mean. mxfp4: the weights are, else bfloat16."""
     if dtype == torch.float32:  # multiplied without the matrix units: the sums of IEEE's float32
         first = second = Tile(64, 16, 64, 4, 1)
     elif T <= DECODE_TOKENS:
         first, second = Tile(64, 16, 256, 4, 4), Tile(64, 16, 256, 4, 4, 2)
     elif rows <= 8:
-        first = second = Tile(128, 16, 128, 8, 2)
+        first = second = Tile(128, 16, 128, 8, 4)
     elif rows <= 24:
-        first = second = Tile(128, 32, 128, 8, 2)
+        first = second = Tile(128, 32, 128, 8, 4)
     elif rows <= 48:
-        first = second = Tile(128, 64, 64, 8, 2)
+        first = second = Tile(128, 64, 64, 8, 4)
     else:
-        first = second = Tile(128, 128, 64, 8, 2)
+        first = second = Tile(128, 128, 64, 8, 4)
     if not mxfp4 or hip:  # to fit into the local memory of all; to registers, where HIP prefetches
-        BK = 128 if mxfp4 else 64
-        first, second = (t._replace(BK=min(t.BK, BK), stages=2) for t in (first, second))
+        BK, stages = (128, 2) if mxfp4 else (64, 2 if hip else 3)
+        first, second = (
+            t._replace(BK=min(t.BK, BK), stages=min(t.stages, stages)) for t in (first, second)
+        )
     return first, second
 
 
@@ -958,7 +1024,7 @@ def moe(
     route_kernel[(triton.cdiv(E, size), parts, triton.cdiv(T, tokens))](
         x, router_weight, router_bias, logits, chosen, gates, experts, rows, count, seen,
         packed.arrived, T, packed.gate_up.input_scale, H, E, top_k, size, part, tokens, 128,
-        activations, decode, hip, num_warps=4, num_stages=2 if hip else 3,
+        activations, decode, hip, num_warps=4, num_stages=2 if hip else 3, **overlapping(),
     )  # fmt: skip
     if not decode:
         step, warps = (1024, 4) if R <= 1024 else (4096, 8)
@@ -974,7 +1040,7 @@ def moe(
             out, packed.arrived, T, weight.input_scale, swiglu_limit, packed.down.input_scale,
             weight.N, weight.K, top_k, activations, weight is packed.gate_up, decode,
             weight.scale is not None, weight.wide, *tile[:3], tile.split, tile.stages, hip,
-            num_warps=tile.warps,
+            num_warps=tile.warps, **overlapping(),
         )  # fmt: skip
     if not decode:
         sum_kernel[(T, triton.cdiv(H, 1024))](y, out, T, H, top_k, 1024, num_warps=4)

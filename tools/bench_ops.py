@@ -1,4 +1,4 @@
-"""Times the five operations of ops_triton.py on a GPU, one by one, against their byte floors.
+"""Times the six operations of ops_triton.py on a GPU, one by one, against their byte floors.
 
     python tools/bench_ops.py --model 120b              every operation, at 1 to 8192 tokens
     python tools/bench_ops.py --only moe --tokens 1 8 --variants 64,16,128,4,5 64,16,256,4,3
@@ -29,7 +29,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import gptoss
@@ -121,45 +120,8 @@ def norms(bench: Bench, c, tokens: list[int]) -> None:
         bench.row("add_norm", calls, nbytes, error=error, T=T)
 
 
-@triton.jit(do_not_specialize=["T"])
-def linear_kernel(
-    x, w, bias, out, parts, arrived, T, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, HIP: tl.constexpr,
-):  # fmt: skip
-    """Program (n, z): BN rows of w [N, K] times up to 16 tokens, over part z of K; the last program
-    of these rows to arrive adds up the parts and the bias -> out [T, N]."""
-    n, z = tl.program_id(0), tl.program_id(1)
-    r, token, step = n * BN + tl.arange(0, BN), tl.arange(0, 16), tl.arange(0, BK)
-    share: tl.constexpr = (K + BK * SPLIT - 1) // (BK * SPLIT) * BK
-    acc = tl.zeros([BN, 16], tl.float32)
-    for start in tl.range(z * share, min(z * share + share, K), BK, num_stages=STAGES):
-        k = start + step
-        there = (r < N)[:, None] & (k < K)[None, :]
-        rows = tl.load(w + r.to(tl.int64)[:, None] * K + k[None, :], mask=there, other=0.0)
-        there = (token < T)[:, None] & (k < K)[None, :]
-        tile = tl.load(x + token[:, None] * K + k[None, :], mask=there, other=0.0)
-        acc = tl.dot(rows, tile.T, acc)
-    there = (r < N)[:, None] & (token < T)[None, :]
-    at = token[None, :] * N + r[:, None]
-    if SPLIT > 1:
-        tl.store(parts + z * 16 * N + at, acc, mask=there)
-        if ops_triton.arrive(arrived + n, token, HIP) < SPLIT - 1:
-            return
-        tl.store(arrived + n, 0)
-        acc = tl.zeros([BN, 16], tl.float32)
-        for part in tl.static_range(SPLIT):
-            acc += tl.load(parts + part * 16 * N + at, mask=there, other=0.0)
-    acc += tl.load(bias + r, mask=r < N, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
-
-
-# BN, BK, warps, stages, parts of K
-LINEAR = ((64, 128, 4, 4, 3), (64, 128, 4, 4, 5), (32, 256, 4, 4, 2), (16, 256, 2, 5, 1))
-
-
 def linears(bench: Bench, c, tokens: list[int]) -> None:
-    """The dense GEMMs: the vendor's, which the engine uses, and a kernel that could take their
-    place at few tokens if it were faster."""
+    """The dense GEMMs; above one token they are PyTorch's."""
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     shapes = dict(
         qkv=(heads, c.hidden_size),
@@ -169,31 +131,18 @@ def linears(bench: Bench, c, tokens: list[int]) -> None:
     for name, (N, K) in shapes.items():
         nbytes = 2 * N * K
         data = [new(bench.device, N, K) for _ in range(copies(nbytes, 8))]
-        bias, arrived = new(bench.device, N), torch.zeros(N, device=bench.device).int()
+        bias = new(bench.device, N)
         for T in tokens:
-            x = new(bench.device, T, K)
-            calls = [lambda w=w, x=x, bias=bias: F.linear(x, w, bias) for w in data]
-            flop = 2.0 * T * N * K
-            bench.row(f"F.linear {name}", calls, nbytes, flop, T=T)
-            for cut in LINEAR if T <= 16 else ():
-                parts = torch.empty(cut[-1], 16, N, device=bench.device)
+            x, flop = new(bench.device, T, K), 2.0 * T * N * K
 
-                def call(w, x=x, parts=parts, cut=cut, N=N, K=K, T=T, bias=bias, arrived=arrived):
-                    BN, BK, warps, stages, split = cut
-                    out = x.new_empty(T, N)
-                    linear_kernel[(triton.cdiv(N, BN), split)](
-                        x, w, bias, out, parts, arrived, T, N, K, BN, BK, split, stages,
-                        ops_triton.on_hip(), num_warps=warps,
-                    )  # fmt: skip
-                    return out
+            def error(x=x, w=data[0], bias=bias):
+                return relative(
+                    ops_triton.linear(x, w, bias), F.linear(x.float(), w.float(), bias.float())
+                )
 
-                def error(call=call, x=x, w=data[0], bias=bias):
-                    return relative(call(w), F.linear(x.float(), w.float(), bias.float()))
-
-                bench.row(
-                    f"linear_kernel {name}", [lambda w=w, call=call: call(w) for w in data],
-                    nbytes, flop, error, T=T, tile=",".join(map(str, cut)),
-                )  # fmt: skip
+            for label, linear in (("F.linear", F.linear), ("linear", ops_triton.linear)):
+                calls = [lambda w=w, x=x, bias=bias, f=linear: f(x, w, bias) for w in data]
+                bench.row(f"{label} {name}", calls, nbytes, flop, error, T=T)
 
 
 def attention(bench: Bench, c, cases: list[tuple[int, int, int]]) -> None:
