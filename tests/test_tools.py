@@ -178,7 +178,7 @@ def test_first_run_checks_every_kernel(first_run_on, capsys):
     ]
     assert set(found.values()) == {"right", "skipped"}
     kernels = {name.partition(",")[0].partition(" ")[0] for name in found}
-    operations = {"ops_triton.moe", "ops_triton.add_norm", "ops_triton.attention"}
+    operations = {f"ops_triton.{name}" for name in ("moe", "add_norm", "attention", "linear")}
     assert kernels == operations | {"moe_gluon.moe", "moe_gluon.gating_gemm"}
     assert set(verdicts(report, "times").values()) == {"skipped"}
     assert (

@@ -235,7 +235,7 @@ def check_layer(card: Card, ops, activations: str, layout: str, sizes: tuple, ti
 
 
 def check_operation(bench_: bench_ops.Bench, measure: Callable, config, case) -> dict:
-    """Norm or attention, as tools/bench_ops.py compares them with the equations in float32."""
+    """Norms, dense layers or attention, as tools/bench_ops.py compares them with the equations."""
     measure(bench_, config, [case])
     rows, bench_.rows = bench_.rows, []
     if failed := [row["failed"] for row in rows if "failed" in row]:
@@ -250,13 +250,16 @@ def check_other_operations(report: Report, card: Card) -> None:
     tokens, cases = [1, 64], [(1, 1, 512), (8, 1, 1024), (1, 512, 0), (2, 64, 200)]
     if not card.real:
         config = replace(
-            config, hidden_size=96, num_attention_heads=8, num_key_value_heads=2, head_dim=16
-        )
+            config, hidden_size=96, num_attention_heads=8, num_key_value_heads=2, head_dim=16,
+            vocab_size=200,
+        )  # fmt: skip
         tokens, cases = [1, 20], [(2, 1, 20), (1, 18, 0)]
     found = bench_ops.Bench(card.device, 600, math.inf, io.StringIO())
     for T in tokens:
         run = functools.partial(check_operation, found, bench_ops.norms, config, T)
         report.check("kernels", f"ops_triton.add_norm, {T} tokens", run)
+    run = functools.partial(check_operation, found, bench_ops.linears, config, 1)
+    report.check("kernels", "ops_triton.linear, 1 token", run)
     for case in cases:
         name = "ops_triton.attention, {} sequences of {} new and {} cached tokens".format(*case)
         run = functools.partial(check_operation, found, bench_ops.attention, config, case)
@@ -729,6 +732,7 @@ def check_times(report: Report, card: Card, model: str, seconds: float) -> None:
         why = "nothing is timed in the emulator; tools/bench_moe.py counts there"
         report.check("times", "all", lambda: {"verdict": "skipped", "why": why})
         return
+    torch.cuda.empty_cache()  # the programs need the card's memory
     end, commands = time.monotonic() + seconds, timing_commands(card, model)
     for n, (name, command) in enumerate(commands.items()):
         share = (end - time.monotonic()) / (len(commands) - n)  # of what is left
