@@ -266,7 +266,7 @@ def test_first_run_finds_misplaced_scales(monkeypatch):
 def test_first_run_reports_while_it_runs(tmp_path):
     """Whatever ends the process, the file names what was running."""
     report = first_run.Report(tmp_path / "report.json", {})
-    report.check("kernels", "fine", lambda: {"verdict": "right"})
+    report.check("kernels", "fine", lambda: {"verdict": "right", "error": math.nan})
     assert report.check("kernels", "raises", lambda: 1 / 0)["verdict"] == "failed"
 
     def dies():
@@ -277,6 +277,7 @@ def test_first_run_reports_while_it_runs(tmp_path):
     kept = json.loads((tmp_path / "report.json").read_text())
     assert kept["running"] == "kernels: dies" and report.bad == 1
     assert [row["name"] for row in kept["checks"]] == ["fine", "raises"]
+    assert kept["checks"][0]["error"] == "NaN"
     assert "ZeroDivisionError" in kept["checks"][1]["why"]
 
 

@@ -83,7 +83,9 @@ class Report:
         self.data = {"settings": settings, "running": None, "checks": []}
 
     def save(self) -> None:
-        self.path.write_text(json.dumps(self.data, indent=1))
+        """As JSON proper: NaN and infinities become text."""
+        data = json.loads(json.dumps(self.data), parse_constant=str)
+        self.path.write_text(json.dumps(data, indent=1))
 
     def check(self, part: str, name: str, run: Callable[[], dict]) -> dict:
         """Runs a check, which returns a dict with a "verdict", and prints and keeps that."""
