@@ -212,8 +212,8 @@ def to_int(t):
 
 def flush(x):
     """float32 with denormals made zeros of their sign, which transcendentals do to operand and
-    result in every MODE (LLVM, AMDGPU tests of rcp; ROCm device libraries, which scale around it:
-    mathF.h's users of rcp, rsq, sqrt)."""
+    result in every MODE (v_rcp_f32: LLVM PRs 203566, 211017; v_rsq_f32 and v_sqrt_f32: the ROCm
+    device libraries scale around it)."""
     return np.where(np.abs(x) < f32(2.0**-126), np.copysign(f32(0), x), x)
 
 

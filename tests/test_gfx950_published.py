@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from test_gfx950 import BASE, IDS, M32, Bench, as_f32, descriptor, over, round_f32, tensor
+from test_moe_gluon import run
 
 import gfx950
 from gfx950.memory import LDS
@@ -253,6 +254,15 @@ def test_other_sums(name, kind, k_size, sums, oracle):
 def test_other_sums_agree_where_all_are_exact(a, b, sums):
     test_places_and_scales_of_scaled_operands(a, b, 16, 128, sums)
     test_places_and_scales_of_scaled_operands(a, b, 32, 64, sums)
+
+
+@pytest.mark.parametrize("sums", ["cdna3", "chain"])
+@pytest.mark.parametrize(
+    "T, activations", [(3, "bf16"), (3, "mxfp8"), (20, "mxfp8"), (20, "mxfp4")]
+)
+def test_layers_do_not_rest_on_the_rule_for_sums(T, activations, sums):
+    """moe_gluon's layers are as near the equations, within the roundings that both make."""
+    run(T, 8, 192, 160, 4, activations, sums=sums)
 
 
 # ----------------------------------------------------------------------------- memory and its range
