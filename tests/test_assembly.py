@@ -1,12 +1,16 @@
-"""What no emulated run can show of the compiled kernels of moe_gluon.py, read off their assembly:
-the wait states around inline assembly, which the compiler takes for a black box, the fences between
-workgroups, and what spoils a register in the hardware or the compilers of today. Nothing here knows
-a kernel by name."""
+"""What no emulated run can show of the compiled kernels, read off their assembly: the wait states
+around inline assembly, which the compiler takes for a black box, the fences between workgroups, and
+what spoils a register in the hardware or the compilers of today. Nothing here knows a kernel by
+name."""
 
 import collections
 import functools
+import io
+import math
 import re
+from dataclasses import replace
 
+import bench_ops
 import pytest
 import torch
 import triton
@@ -15,6 +19,7 @@ from test_moe_gluon import placeholder
 from triton.language.extra.hip import libdevice
 
 import gfx950
+import weights
 from gfx950 import matrix
 from gfx950.asm import Program, parse_instruction
 from moe_gluon import DECODE_TOKENS, FORMATS, moe
@@ -295,3 +300,25 @@ def test_fences_between_workgroups(activations):
                 removed.append((ins.op, *broken[:1]))
     ops = collections.Counter(op for op, _ in removed)
     assert ops["buffer_wbl2"] == ops["buffer_inv"] == 1 and ops["s_waitcnt"] == 3, removed
+
+
+def test_kernels_for_any_gpu():
+    """The same of ops_triton's kernels, of which several meet other workgroups."""
+    config = replace(
+        weights.published("20b"), hidden_size=96, intermediate_size=64, vocab_size=200,
+        num_local_experts=6, num_attention_heads=8, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    with gfx950.emulate() as gpu:
+        found = bench_ops.Bench(torch.device("cpu"), 600, math.inf, io.StringIO())
+        bench_ops.moe(found, config, [1, 20], [], "bf16")
+        bench_ops.attention(found, config, [(2, 1, 20), (1, 18, 0)])
+        bench_ops.norms(found, config, [1])
+        bench_ops.linears(found, config, [1])
+    assert not any("failed" in row for row in found.rows)
+    meeting = set()
+    for program in {id(launch.program): launch.program for launch in gpu.launches}.values():
+        assert not too_early(program) and not right_behind(program), program.name
+        if any("atomic" in ins.op for ins in program.code):
+            assert broken_fences(program.code) == [], program.name
+            meeting.add(program.name)
+    assert len(meeting) >= 3
