@@ -27,6 +27,7 @@ import io
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -58,7 +59,8 @@ LEAST_SECONDS = 30  # that a program that times needs to begin at all
 # C the rows' squares over the square of their sum: up to C = 5.
 MOE_LIMIT = 4e-3
 # Attention rounds the softmax's shares and the result, and here, as the equations run in float32,
-# rotated keys and queries too: four of 1.5e-3, each up to 1.4 times that where few values count.
+# rotated keys and queries too: four of 1.5e-3, or 1.5 times that where few values decide and their
+# mantissas lie near 1.
 OPS_LIMIT = 1.5e-3 * math.sqrt(4) * 1.5
 # activations, layout of the weights
 FORMATS = (
@@ -156,15 +158,23 @@ class Card:
         row |= {"target": f"{target.backend} {target.arch}", "python": platform.python_version()}
         row |= {"torch": torch.__version__, "triton": triton.__version__, "os": platform.platform()}
         row |= {"hip": torch.version.hip, "cuda": torch.version.cuda}
-        row["name"] = "gfx950, emulated"
+        row |= {"gpu": "gfx950, emulated", "commit": commit()}
         if self.real:
             properties = torch.cuda.get_device_properties(0)
-            for name in ("name", "gcnArchName", "total_memory", "multi_processor_count"):
+            row |= {"gpu": properties.name, "gpus": torch.cuda.device_count()}
+            for name in ("gcnArchName", "total_memory", "multi_processor_count"):
                 row[name] = getattr(properties, name, None)
-            row["gpus"] = torch.cuda.device_count()
             row["copy_bytes_per_s"] = bench.copy_bandwidth(self.device)
-        row["why"] = f"{row.pop('name')}, torch {torch.__version__}, triton {triton.__version__}"
+        row["why"] = f"{row['gpu']}, torch {torch.__version__}, triton {triton.__version__}"
         return row
+
+
+def commit() -> str:
+    """Of this repository; empty where it is none."""
+    if not shutil.which("git"):
+        return ""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def emulated(**how):
@@ -242,7 +252,8 @@ def check_operation(bench_: bench_ops.Bench, measure: Callable, config, case) ->
     rows, bench_.rows = bench_.rows, []
     if failed := [row["failed"] for row in rows if "failed" in row]:
         return {"verdict": "failed", "why": failed[0]}
-    error = max(row["error"] for row in rows if row["error"] is not None)
+    # of a tensor: its maximum is NaN where one of them is
+    error = torch.tensor([row["error"] for row in rows if row["error"] is not None]).max().item()
     verdict = "right" if error <= OPS_LIMIT else "wrong"
     return {"verdict": verdict, "error": error, "limit": OPS_LIMIT, "rows": rows}
 
