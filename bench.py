@@ -6,13 +6,14 @@
     python bench.py --peer transformers               the same against Hugging Face transformers
 
 A round submits `concurrency` distinct random prompts at once and takes --output greedy tokens of
-each; the first round is warm-up and left out. TTFT is the time to a request's first token, waiting
-for the prompts before it included. TPOT is (t_last - t_first) / (n - 1) of a request. A step is the
-median interval between two tokens of a request while all of them decode. The floor is the bytes
-that a step must read at the bandwidth of a large copy, measured on the device.
+each; the first round is warm-up, and only its first token is reported: what has not been compiled
+yet is compiled before it. TTFT is the time to a request's first token, waiting for the prompts
+before it included. TPOT is (t_last - t_first) / (n - 1) of a request. A step is the median interval
+between two tokens of a request while all of them decode. The floor is the bytes that a step must
+read at the bandwidth of a large copy, measured on the device.
 
 Tables go to stdout, progress and errors to stderr; exit 0, 1 (bad checkpoint, no memory), 2
-(usage). --json prints the rows instead; times are ms unless named otherwise.
+(usage), 130 (interrupted). --json prints the rows instead; times are ms unless named otherwise.
 """
 
 import argparse
@@ -37,7 +38,7 @@ import weights
 from gptoss import GPTOSS, TINY
 from weights import CheckpointError, Config
 
-SIZES = ("20b", "120b")
+SIZES = ("20b", "120b")  # published
 SETTINGS = ("ops", "activations", "dtype", "page_size", "max_batch")  # that --ab compares
 
 
@@ -98,7 +99,8 @@ def met_experts(model: GPTOSS, prompts: list[list[int]]) -> float:
         met.append(len(gptoss.gating(x, router_weight, router_bias, top_k).chosen.unique()))
         return ops.moe(x, router_weight, router_bias, packed, top_k, *rest)
 
-    engine.step()  # the prompts
+    while engine.waiting or engine.prefilling:
+        engine.step()
     model.ops = ops._replace(moe=moe, capturable=False)
     engine.step()
     model.ops = ops
@@ -154,7 +156,8 @@ def build(args, device: torch.device) -> list[System]:
     systems = []
     for name, v in args.variants.items():
         if args.checkpoint.startswith("random:"):
-            config = weights.published(args.checkpoint.removeprefix("random:"))
+            size = args.checkpoint.removeprefix("random:")
+            config = weights.load(TINY).config if size == "tiny" else weights.published(size)
             checkpoint = weights.random(config, "openai", device, args.seed)
         else:
             checkpoint = weights.load(args.checkpoint)
@@ -235,9 +238,11 @@ def measure(args, systems: list[System], bandwidth: float) -> tuple[list[dict], 
             prompts = [draw.choices(vocabulary, k=args.input) for _ in range(concurrency)]
             for system, rounds in list(zip(systems, played, strict=True))[:: -1 if n % 2 else 1]:
                 rounds.append(play(system, prompts, args.output))
+        cold = [1e3 * min(times[0] for times in rounds[0]) for rounds in played]
         played = [rounds[1:] for rounds in played]  # without the warm-up
-        for system, rounds in zip(systems, played, strict=True):
+        for system, rounds, first in zip(systems, played, cold, strict=True):
             row = {"system": system.name, "concurrency": concurrency} | summary(rounds)
+            row["ttft_cold"] = first
             if system.model and row["step"]:
                 # The cache grows from input to input + output tokens: its mean.
                 active = met_experts(system.model, prompts)
@@ -270,6 +275,7 @@ COLUMNS = [
     ("concurrency", "concurrency", "d"),
     ("TTFT ms, median", "ttft", ".1f"),
     ("p99", "ttft_p99", ".1f"),
+    ("of the warm-up", "ttft_cold", ",.0f"),
     ("TPOT ms, median", "tpot", ".2f"),
     ("lowest round", "tpot_low", ".2f"),
     ("highest", "tpot_high", ".2f"),
@@ -304,7 +310,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Time GPT-OSS inference.", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"bench: {message}\n")  # without the usage
     add = parser.add_argument
-    where = "folder (default: tiny/), or random:20b or random:120b: weights made on the device"
+    where = "folder (default: tiny/), or weights made on the device: random:20b, :120b or :tiny"
     add("--checkpoint", default=TINY, metavar="DIR", help=where)
     add("--device", help="default: cuda where there is one and --checkpoint is given, else cpu")
     add("--dtype", choices=("float32", "bfloat16"), help="default: the engine's")
@@ -331,8 +337,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     settings = dict(vars(args))
     if args.output == 1:
         parser.error("--output 1 leaves nothing to time after the first token")
-    if args.checkpoint.startswith("random:") and args.checkpoint[7:] not in SIZES:
-        parser.error(f"--checkpoint {args.checkpoint}: random: takes {' or '.join(SIZES)}")
+    if args.checkpoint.startswith("random:") and args.checkpoint[7:] not in (*SIZES, "tiny"):
+        parser.error(f"--checkpoint {args.checkpoint}: random: takes {', '.join(SIZES)} or tiny")
     try:
         args.concurrency = [positive(text) for text in args.concurrency.split(",")]
     except argparse.ArgumentTypeError as error:
@@ -351,6 +357,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def one_line(error: BaseException, args: argparse.Namespace) -> str:
+    """What went wrong and, where memory ran out, what to do."""
+    text = str(error).strip() or type(error).__name__
+    # PyTorch has no exception of its own for a CPU without memory.
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return (
+            f"out of memory with --checkpoint {args.checkpoint}: lower --concurrency or --input, "
+            "or use a larger --device"
+        )
+    return text.splitlines()[0]
+
+
 def main(argv: list[str]) -> int:
     args = parse(argv)
     cuda = torch.cuda.is_available() and args.checkpoint != TINY
@@ -358,20 +376,27 @@ def main(argv: list[str]) -> int:
         device = torch.device(args.device or ("cuda" if cuda else "cpu"))
         start = time.perf_counter()
         systems = build(args, device)
-        loaded, bandwidth = time.perf_counter() - start, copy_bandwidth(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # weights may still be drawn or packed
+        loaded, pages = time.perf_counter() - start, systems[0].model.pages_that_fit(args.page_size)
+        bandwidth = copy_bandwidth(device)
         rows, pairs = measure(args, systems, bandwidth)
-    except (CheckpointError, ValueError, ImportError, OSError, RuntimeError) as error:
-        print(f"bench: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (CheckpointError, ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
+        print(f"bench: {one_line(error, args)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return 130
     if args.json:
         versions = {"device": device_name(device), "torch": torch.__version__}
-        result = versions | {"settings": args.settings, "loaded_s": loaded, "bandwidth": bandwidth}
-        print(json.dumps(result | {"rows": rows, "pairs": pairs}))
+        result = versions | {"settings": args.settings, "loaded_s": loaded, "cache_pages": pages}
+        print(json.dumps(result | {"bandwidth": bandwidth, "rows": rows, "pairs": pairs}))
         return 0
     print(
         f"{Path(args.checkpoint).name}; {device_name(device)}, torch {torch.__version__}; "
         f"{args.input} tokens in, {args.output} out, greedy; {args.rounds} rounds after one of "
-        f"warm-up; loaded in {loaded:.1f} s\n\n{table(COLUMNS, rows)}\n\n"
+        f"warm-up; loaded in {loaded:.1f} s; the memory left caches {pages:,} pages, "
+        f"{pages * args.page_size:,} tokens\n\n{table(COLUMNS, rows)}\n\n"
         f"A large copy reads and writes {bandwidth / 1e9:.1f} GB/s."
     )
     if pairs:

@@ -63,13 +63,13 @@ class Step:
     C = P * page_size: a full layer has pages for every token, so its ring never wraps; a sliding
     layer stops at ceil(window / page_size) pages and then overwrites what has left the window."""
 
-    positions: Tensor  # int32 [S, Q]; -1 is padding, which caches nothing
+    positions: Tensor  # int32 [S, Q]; -1 is padding, which caches nothing and comes last
     tables: dict[str, Tensor]  # kind of layer -> int32 [S, P], pages in ring order, then page 0
     page_size: int  # tokens
 
 
 class Ops(NamedTuple):
-    """The five operations in which devices differ. None of them sees a model or a layer, and none
+    """The six operations in which devices differ. None of them sees a model or a layer, and none
     writes to anything but the pool. EQUATIONS below are their definition."""
 
     prepare: Callable  # (experts, activations) -> packed; once a layer, at load
@@ -79,6 +79,7 @@ class Ops(NamedTuple):
     moe: Callable  # (x [T, H], router_weight, router_bias, packed, k, activations, limit) -> [T, H]
     capturable: bool  # no operation waits for the device: a decode step can be a graph
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # that x may have
+    linear: Callable = F.linear  # (x [T, K], weight [N, K], bias [N] | None) -> [T, N]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -368,7 +369,8 @@ def choose_ops(name: str, device: torch.device) -> Ops:
     """The operations called `name`: "torch", the equations; "triton", ops_triton's kernels;
     "gluon", these with moe_gluon's layer, for gfx950 exactly; "auto": gluon where a gfx950, real or
     emulated, is Triton's active device and `device` belongs to it, triton on any other GPU that
-    Triton drives, else torch. Raises ValueError for another name, and for what cannot run here."""
+    Triton drives, with moe_nvidia's kernels on NVIDIA's, else torch. Raises ValueError for another
+    name, and for what cannot run here."""
     if name not in OPS:
         raise ValueError(f"ops={name!r}, expected one of {', '.join(OPS)}")
     if name == "torch" or name == "auto" and not driven_by_triton(device):
@@ -379,14 +381,40 @@ def choose_ops(name: str, device: torch.device) -> Ops:
             f"{device}; use ops='torch'"
         )
     import moe_gluon
+    import moe_nvidia
     import ops_triton as t
 
-    triton = Ops(t.prepare, t.plan, t.add_norm, t.attention, t.moe, capturable=True)
+    triton = Ops(
+        t.prepare, t.plan, t.add_norm, t.attention, t.moe, capturable=True, linear=t.linear
+    )
+    if name == "auto" and moe_nvidia.is_supported():
+        return nvidia_ops(triton)
     if name == "triton" or name == "auto" and not moe_gluon.is_supported():
         return triton
     if not moe_gluon.is_supported():
         raise ValueError("ops='gluon' needs a gfx950 (MI350, MI355 or emulated); use ops='triton'")
     return triton._replace(prepare=moe_gluon.prepare, moe=moe_gluon.moe, dtypes=(torch.bfloat16,))
+
+
+def nvidia_ops(triton: Ops) -> Ops:
+    """Of ops_triton, with moe_nvidia's kernels for what they multiply: mxfp4 weights and bfloat16
+    activations of few tokens. Both read the same packed experts."""
+    import moe_nvidia
+
+    def prepare(experts: Experts, activations: str):
+        packed = experts.gate_up_scale is not None and activations == "bf16"
+        return (moe_nvidia if packed else triton).prepare(experts, activations)
+
+    def moe(x, router_weight, router_bias, packed, *options):
+        few = isinstance(packed, moe_nvidia.Packed) and len(x) <= moe_nvidia.MAX_TOKENS
+        few = few and x.dtype == router_weight.dtype == torch.bfloat16
+        return (moe_nvidia if few else triton).moe(x, router_weight, router_bias, packed, *options)
+
+    def linear(x, weight, bias=None):
+        few = moe_nvidia.multiplies(x, weight)
+        return (moe_nvidia if few else triton).linear(x, weight, bias)
+
+    return triton._replace(prepare=prepare, moe=moe, linear=linear)
 
 
 def driven_by_triton(device: torch.device) -> bool:
@@ -576,9 +604,9 @@ class GPTOSS:
         x, plan = self.embedding[tokens], ops.plan(step, c)  # [T, H]
         for layer in self.layers:
             x, h = ops.add_norm(x, y, layer.attn_norm, c.rms_norm_eps)
-            qkv = F.linear(h, layer.qkv_weight, layer.qkv_bias)  # [T, (N + 2G) D]
+            qkv = ops.linear(h, layer.qkv_weight, layer.qkv_bias)  # [T, (N + 2G) D]
             a = ops.attention(qkv, layer.sinks, pool[layer.depth], layer.kind, plan)  # [T, N D]
-            y = F.linear(a, layer.out_weight, layer.out_bias)
+            y = ops.linear(a, layer.out_weight, layer.out_bias)
             x, h = ops.add_norm(x, y, layer.mlp_norm, c.rms_norm_eps)
             router, top_k = (layer.router_weight, layer.router_bias), c.num_experts_per_tok
             y = ops.moe(h, *router, layer.packed, top_k, self.activations, c.swiglu_limit)
@@ -592,32 +620,27 @@ class GPTOSS:
         pages = sum(pages_needed(self.config, len(tokens), PAGE_SIZE).values())
         cache = KVCache(self.config, pages, PAGE_SIZE, self.device, self.dtype)
         tables = cache.allocate(len(tokens), {})
-        hidden = torch.cat([h[0] for h in self.prefill(cache, [tokens], [tables], [0])])  # [T, H]
-        return F.linear(hidden, self.unembedding).float()
+        parts, cached = [], 0
+        while cached < len(tokens):
+            parts.append(self.prefill(cache, [tokens], [tables], [cached])[0])  # [Q, H]
+            cached += len(parts[-1])
+        return F.linear(torch.cat(parts), self.unembedding).float()
 
     def prefill(
         self, cache: KVCache, prompts: list[list[int]], tables: list[dict], cached: list[int]
-    ) -> Iterator[Tensor]:
-        """Runs prompts, of which the first `cached` tokens are in the cache, through the model
-        together and in chunks; yields the hidden states [S, Q, H] of each chunk."""
-        S, longest = len(prompts), max(len(p) - n for p, n in zip(prompts, cached, strict=True))
-        Q = max(1, min(PREFILL_TOKENS // S, longest))
-        for start in range(0, longest, Q):
-            spans = [
-                range(n + start, min(n + start + Q, len(p)))
-                for p, n in zip(prompts, cached, strict=True)
-            ]
-            rows = [s for s, span in enumerate(spans) if span]  # the others are over
-            step = cache.step([list(spans[s]) for s in rows], [tables[s] for s in rows])
-            width = step.positions.shape[1]
-            tokens = torch.zeros(len(rows), width, dtype=torch.int64)  # [S, Q]
-            for row, s in enumerate(rows):
-                tokens[row, : len(spans[s])] = torch.tensor([prompts[s][p] for p in spans[s]])
-            tokens = tokens.flatten().to(self.device)  # [T]
-            hidden = self.forward(tokens, step, cache.pool).view(len(rows), width, -1)
-            whole = hidden.new_zeros(S, *hidden.shape[1:])
-            whole[rows] = hidden
-            yield whole
+    ) -> Tensor:
+        """Runs the next chunk of each of S prompts, of which the first `cached` tokens are in the
+        cache, through the model together -> hidden states [S, Q, H]. A prompt that ends before the
+        chunk does is filled up by padding."""
+        left = [len(prompt) - n for prompt, n in zip(prompts, cached, strict=True)]
+        Q = min(max(PREFILL_TOKENS // len(prompts), 1), max(left))
+        positions = [list(range(n, n + min(Q, rest))) for n, rest in zip(cached, left, strict=True)]
+        tokens = torch.zeros(len(prompts), Q, dtype=torch.int64)  # [S, Q]
+        for row, prompt, chunk in zip(tokens, prompts, positions, strict=True):
+            row[: len(chunk)] = torch.tensor(prompt[chunk[0] : chunk[-1] + 1])
+        step = cache.step(positions, tables)
+        hidden = self.forward(tokens.flatten().to(self.device), step, cache.pool)  # [T, H]
+        return hidden.view(*tokens.shape, -1)
 
     def check_prompt(self, index: int, prompt: list[int], max_new_tokens: int) -> list[int]:
         """The prompt as a list of ints. Raises ValueError or TypeError if it cannot run."""
@@ -760,6 +783,7 @@ class Sequence:
     remaining: int  # tokens it may still generate
     random: random.Random
     keep: bool  # whether its prompt stays cached
+    cached: int = 0  # tokens of its prompt, while it is prefilled
     tables: dict[str, list[int]] = field(default_factory=dict)  # block tables, by kind of layer
 
 
@@ -799,15 +823,19 @@ class Engine:
             self.cache = KVCache(model.config, *self.key, model.device, model.dtype)
         self.cache.peak = 0
         self.flying: tuple[DecodeGraph, list[Sequence]] | None = None  # the step on its way
-        self.waiting: collections.deque[Sequence] = collections.deque()
-        self.running: list[Sequence] = []
+        self.waiting: collections.deque[Sequence] = collections.deque()  # have no pages yet
+        self.prefilling: list[Sequence] = []
+        self.running: list[Sequence] = []  # are decoded
+        self.decoded = True  # the last step was no chunk of prompts
         self.prefix: Prefix | None = None
         self.submitted = 0
 
     def submit(self, prompt: list[int], max_new_tokens: int, keep: bool = False) -> None:
-        """Queues a prompt, whose tokens stay cached after it if `keep`. Raises ValueError if it can
-        never run."""
+        """Queues a prompt, whose tokens stay cached after it if `keep`, which takes an engine of
+        max_batch 1. Raises ValueError if it can never run."""
         index, cache = self.submitted, self.cache
+        if keep and self.max_batch > 1:
+            raise ValueError(f"keep=True needs max_batch=1, this engine has {self.max_batch}")
         tokens = self.model.check_prompt(index, prompt, max_new_tokens)
         pages = self.pages_of(len(tokens) + max_new_tokens, keep)
         if pages > cache.num_pages:
@@ -829,22 +857,25 @@ class Engine:
 
     def tokens(self) -> Iterator[tuple[int, int]]:
         """(index of the prompt, its next token), until no prompt is left."""
-        while self.waiting or self.running:
+        while self.unfinished():
             yield from self.step()
         if not self.prefix:
             self.model.idle = {self.key: self.cache}
 
+    def unfinished(self) -> list[Sequence]:
+        return [*self.waiting, *self.prefilling, *self.running]
+
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
-        """One forward pass of the waiting prompts that fit, else of all running sequences.
-        -> (index, token) of every sequence that got a token, stop tokens left out."""
-        admitted, cached = [], []
+        """One forward pass: a chunk of the prompts that are not cached yet, in turn with a token of
+        every running sequence. -> (index, token) of every sequence that got a token, stop tokens
+        left out."""
         while self.waiting and self.admits(self.waiting[0]):
-            admitted.append(self.waiting.popleft())
-            cached.append(self.allocate(admitted[-1]))
-            self.running.append(admitted[-1])
-        if admitted:
-            return self.emit(admitted, self.prefill(admitted, cached))
+            self.prefilling.append(self.waiting.popleft())
+            self.allocate(self.prefilling[-1])
+        self.decoded = not self.prefilling or bool(self.running and not self.decoded)
+        if not self.decoded:
+            return self.prefill()
         if self.model.ops.capturable and self.model.device.type == "cuda":
             return self.replay()
         return self.emit(list(self.running), self.decode())
@@ -852,37 +883,42 @@ class Engine:
     def admits(self, sequence: Sequence) -> bool:
         pages = self.pages_of(len(sequence.tokens) + sequence.remaining, sequence.keep)
         held = sum(map(len, self.prefix.tables.values())) if self.prefix else 0
-        return len(self.running) < self.max_batch and pages <= len(self.cache.free) + held
+        batch = len(self.prefilling) + len(self.running)
+        return batch < self.max_batch and pages <= len(self.cache.free) + held
 
-    def allocate(self, sequence: Sequence) -> int:
-        """Gives a prompt its pages, those of the prefix if it begins with it. -> how many of its
-        tokens are cached."""
-        tokens, cached, tables = sequence.tokens, 0, {}
+    def allocate(self, sequence: Sequence) -> None:
+        """Gives a prompt its pages, those of the prefix if it begins with it."""
+        tokens, tables = sequence.tokens, {}
         if self.prefix:
             begins = tokens[: len(self.prefix.tokens)] == self.prefix.tokens
             if begins and len(tokens) > len(self.prefix.tokens):
-                cached, tables = len(self.prefix.tokens), self.prefix.tables
+                sequence.cached, tables = len(self.prefix.tokens), self.prefix.tables
             else:
                 self.cache.release(self.prefix.tables)
             self.prefix = None
         sequence.tables = self.cache.allocate(len(tokens) + sequence.remaining, tables)
-        return cached
 
-    def prefill(self, sequences: list[Sequence], cached: list[int]) -> Tensor:
-        """Caches prompts. -> the hidden states of their last tokens, [S, H]."""
-        prompts, tables = [s.tokens for s in sequences], [s.tables for s in sequences]
-        left = [len(p) - n for p, n in zip(prompts, cached, strict=True)]
-        last: list[Tensor | None] = [None] * len(sequences)
-        for hidden in self.model.prefill(self.cache, prompts, tables, cached):
-            for s, n in enumerate(left):
-                if 0 < n <= hidden.shape[1]:
-                    last[s] = hidden[s, n - 1].clone()
-                left[s] -= hidden.shape[1]
-        for sequence in sequences:
+    def prefill(self) -> list[tuple[int, int]]:
+        """Caches the next chunk of every prompt; those that are over get their first token."""
+        prompts = [s.tokens for s in self.prefilling]
+        tables, cached = [s.tables for s in self.prefilling], [s.cached for s in self.prefilling]
+        chunks = self.model.prefill(self.cache, prompts, tables, cached)  # [S, Q, H]
+        over, last = [], []
+        for sequence, chunk in zip(self.prefilling, chunks, strict=True):
+            left = len(sequence.tokens) - sequence.cached
+            sequence.cached += min(left, len(chunk))
+            if left <= len(chunk):
+                over.append(sequence)
+                last.append(chunk[left - 1])
+        if not over:
+            return []
+        for sequence in over:
+            self.prefilling.remove(sequence)
+            self.running.append(sequence)
             if sequence.keep:
                 self.prefix = Prefix(list(sequence.tokens), sequence.tables)
                 sequence.tables = self.cache.fork(sequence.tables)
-        return torch.stack(last)
+        return self.emit(over, torch.stack(last))
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out of `running` and frees its pages, but for those of the prefix."""
@@ -900,8 +936,8 @@ class Engine:
 
     def replay(self) -> list[tuple[int, int]]:
         """A decode step as a graph. While its tokens come to the host the next step runs already,
-        unless a sequence is known to leave or join before it. One that meets a stop token runs one
-        step too many, whose token is dropped."""
+        unless a sequence is known to leave or has joined. One that meets a stop token runs one step
+        too many, whose token is dropped."""
         if self.flying is None:
             members = list(self.running)
             graph = DecodeGraph.of(self, members)
@@ -910,8 +946,7 @@ class Engine:
             self.flying = graph, members
         graph, members = self.flying
         tokens = graph.landed()
-        steady = members == self.running and all(s.remaining > 1 for s in members)
-        if steady and not (self.waiting and self.admits(self.waiting[0])):
+        if members == self.running and all(s.remaining > 1 for s in members):
             graph.launch(members)
         else:
             self.flying = None
@@ -920,7 +955,7 @@ class Engine:
 
     def emit(self, sequences: list[Sequence], hidden: Tensor) -> list[tuple[int, int]]:
         """Samples a token for each sequence from its hidden state [S, H]."""
-        logits = F.linear(hidden, self.model.unembedding).float()  # [S, V]
+        logits = self.model.ops.linear(hidden, self.model.unembedding).float()  # [S, V]
         draws = [sequence.random.random() for sequence in sequences]
         draws = torch.tensor(draws, dtype=torch.float64, device=logits.device)
         return self.accept(sequences, sample(logits, draws, self.sampling).tolist())
@@ -992,14 +1027,16 @@ class DecodeGraph:
 
     def run(self) -> None:
         hidden = self.model.forward(self.tokens, self.step, self.pool)
-        logits = F.linear(hidden, self.model.unembedding).float()  # [S, V]
+        logits = self.model.ops.linear(hidden, self.model.unembedding).float()  # [S, V]
         tokens = sample(logits, self.draws, self.sampling)
-        self.tokens.copy_(tokens.clamp(min=0))
+        padding = self.step.positions[:, 0] < 0
+        self.tokens.copy_(tokens.where(~padding, tokens[0]).clamp(min=0))
         self.sampled = tokens
         self.step.positions.add_((self.step.positions >= 0).int())
 
     def load(self, sequences: list[Sequence]) -> None:
-        """Puts the sequences in; padding repeats the first one's token and caches nothing."""
+        """Puts the sequences in. Padding repeats the first one's token and, as `attention` sees to,
+        all that follows from it, so that it meets no expert of its own; it caches nothing."""
         S, empty = len(self.tokens), {kind: [] for kind in self.widths}
         rows = sequences + [None] * (S - len(sequences))
         tokens = [(s or sequences[0]).tokens[-1] for s in rows]
@@ -1337,11 +1374,11 @@ def answer(engine: Engine, answers: dict[int, Answer]) -> None:
     prompt."""
     start, waiting, printed = time.perf_counter(), list(answers), ""
     try:
-        while engine.waiting or engine.running:
+        while engine.unfinished():
             for index, token in engine.step():
                 answers[index].times.append(time.perf_counter())
                 answers[index].add(answers[index].reader.read(token))
-            unfinished = {sequence.index for sequence in (*engine.waiting, *engine.running)}
+            unfinished = {sequence.index for sequence in engine.unfinished()}
             for index in set(answers) - unfinished:
                 answers[index].add(answers[index].reader.close())
             while waiting:

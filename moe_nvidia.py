@@ -1,5 +1,5 @@
 """The mixture-of-experts layer of GPT-OSS in Gluon for NVIDIA GPUs, sm_80 and newer: mxfp4 weights,
-bfloat16 activations, 1 to 64 tokens.
+bfloat16 activations, 1 to 16 tokens; and dense layers of 2 to 16.
 
     packed = prepare(experts, "bf16")                                 # once, at load
     y = moe(x, router_weight, router_bias, packed, top_k, "bf16")     # [T, H] -> [T, H]
@@ -16,9 +16,12 @@ bytes, which are the operands of four instructions, 16 rows of weights x 64 inpu
 are the right operand, 8 columns. No shared memory, no barrier and no change of layout lies in
 between; the warps of a program split K, several loads of each are in flight, and the warps' sums
 meet in shared memory at the end, in a fixed order. That order depends on nothing but K: a token's
-result does not depend on its batch, and is the same in every run. With PDL, programmatic dependent
-launch, `combine` starts while `dispatch` still runs, and asks for its first weights before it waits
-for h. The letters:
+result does not depend on its batch, and is the same in every run.
+
+With PDL (programmatic dependent launch, sm_90 and newer) a kernel starts while the one before it
+still runs, asks for the weights that it will need, and waits for that one only then. Since each
+waits, all that came before is done by then, too. `dispatch` lets `combine` start after its own
+wait: so `route` is done, and `combine` knows the experts whose weights it asks for. The letters:
 
     T  tokens     H  hidden size    I  intermediate size     E  experts    k  experts of a token
     N, K   outer and inner size of a GEMM's weight
@@ -29,7 +32,7 @@ for h. The letters:
 Number formats are OCP MX v1.0, the operands of mma.m16n8k16 those of the PTX ISA ("Matrix Fragments
 for mma.m16n8k16")."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 import triton
@@ -41,11 +44,11 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 # triton 3.7 renamed it
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-MAX_TOKENS = 64
+MAX_TOKENS = 16  # above, ops_triton's layer is as fast (docs/performance.md)
 GROUP = 32  # inputs that share a scale
-PDL = True  # programmatic dependent launch, on sm_90 and newer
 ROUTE_TOKENS = gl.constexpr(8)  # of a program of `route`: the columns of the matrix instruction
 ROUTE_WARPS = gl.constexpr(8)  # of which each selects the experts of one token
+LINEAR_WARPS = gl.constexpr(8)
 COUNTERS = gl.constexpr(16)  # of `route`, before those of `combine`
 
 
@@ -453,7 +456,9 @@ def reorder(x, seen, first, T, z, H: gl.constexpr, PART: gl.constexpr):
 
 
 @gluon.jit
-def route_gemm(x, w, first, T, e, z, H: gl.constexpr, E: gl.constexpr, PART: gl.constexpr):
+def route_gemm(
+    x, w, first, T, e, z, H: gl.constexpr, E: gl.constexpr, PART: gl.constexpr, PDL: gl.constexpr
+):
     """float32 [16, 8]: logits of experts e .. for tokens first .., over part z of H. x, w: words of
     two bfloat16."""
     WARPS: gl.constexpr = ROUTE_WARPS
@@ -467,13 +472,16 @@ def route_gemm(x, w, first, T, e, z, H: gl.constexpr, E: gl.constexpr, PART: gl.
         k = (z * PART + block) * 32 + iota(2, 4, left, 4) * 8 + iota(3, 8, left, 4)
         live = (block < PART) & (k < H // 2) & (e < E)
         ws = ws + (gl.load(w + e * (H // 2) + k, mask=live, other=0),)
+    if PDL:
+        order(AWAIT_PREVIOUS)
+    for start in gl.static_range(0, PART, WARPS):
         block = start + iota(1, WARPS, right, 4)
         k = (z * PART + block) * 32 + iota(2, 4, right, 4) * 8 + iota(3, 8, right, 4)
         live = (block < PART) & (k < H // 2) & (token < T)
         xs = xs + (gl.load(x + token * (H // 2) + k, mask=live, other=0),)
     order(STAY)
     acc = gl.full([WARPS, 16, ROUTE_TOKENS], 0, gl.float32, product)
-    if first < T:  # always; ptxas moves no product from here to between the loads
+    if first < T:  # always: no product moves up from here, between the loads
         for step in gl.static_range(len(ws)):
             a = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
             acc = mma_v2(a, right_operand(xs[step], gl.DotOperandLayout(1, product, 2)), acc)
@@ -568,9 +576,11 @@ def route_kernel(
     if PDL:
         order(START_NEXT)
     if p == (E + 15) // 16:
+        if PDL:
+            order(AWAIT_PREVIOUS)
         reorder(x, seen, first, T, z, H, PART)
         return
-    acc = route_gemm(x, router_weight, first, T, p * 16, z, H, E, PART)
+    acc = route_gemm(x, router_weight, first, T, p * 16, z, H, E, PART, PDL)
     summed: gl.constexpr = acc.type.layout
     e, token = p * 16 + iota(0, 16, summed, 2), first + iota(1, 8, summed, 2)
     gl.store(logits + (z * T + token) * E + e, acc, mask=(token < T) & (e < E))
@@ -593,6 +603,67 @@ def route_kernel(
         live = (i // SLOTS < T) & (i % SLOTS < TOP_K)
         expert = gl.load(chosen + i // SLOTS * TOP_K + i % SLOTS, mask=live, other=E)
     list_tiles(expert, experts, sizes, rows, count, E, TOP_K, BM)
+
+
+# --------------------------------------------------------------------------------------------------
+# Dense layers
+
+
+@gluon.jit(do_not_specialize=["T"])
+def linear_kernel(
+    x, weight, bias, out, T, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
+    HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Program n: 16 rows of the weights times BM tokens. The warps split K, and all weights are on
+    their way while the kernel before makes x. x, weight: words of two bfloat16."""
+    WARPS: gl.constexpr = LINEAR_WARPS
+    product: gl.constexpr = product_layout(WARPS, 1)
+    left: gl.constexpr = left_layout(WARPS)
+    right: gl.constexpr = right_layout(WARPS, 1, BM)
+    BLOCKS: gl.constexpr = K // 64
+    if PDL:
+        order(START_NEXT)
+    r = gl.program_id(0) * 16 + iota(1, 16, left, 4)
+    weight = weight + (r.to(gl.int64) * (K // 2) + iota(2, 4, left, 4) * 8 + iota(3, 8, left, 4))
+    ws, xs = (), ()
+    for start in gl.static_range(0, BLOCKS, WARPS):
+        block = start + iota(0, WARPS, left, 4)
+        ws = ws + (gl.load(weight + block * 32, mask=(r < N) & (block < BLOCKS), other=0),)
+    if PDL:
+        order(AWAIT_PREVIOUS)
+    token = iota(0, BM, right, 4)
+    x = x + (token * (K // 2) + iota(2, 4, right, 4) * 8 + iota(3, 8, right, 4))
+    for start in gl.static_range(0, BLOCKS, WARPS):
+        block = start + iota(1, WARPS, right, 4)
+        xs = xs + (gl.load(x + block * 32, mask=(token < T) & (block < BLOCKS), other=0),)
+    acc = gl.full([WARPS, 16, BM], 0, gl.float32, product)
+    for step in gl.static_range(len(ws)):
+        a = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
+        acc = mma_v2(a, right_operand(xs[step], gl.DotOperandLayout(1, product, 2)), acc)
+    y = gl.sum(acc, axis=0)
+    summed: gl.constexpr = y.type.layout
+    r, token = gl.program_id(0) * 16 + iota(0, 16, summed, 2), iota(1, BM, summed, 2)
+    if HAS_BIAS:
+        y += gl.load(bias + r, mask=r < N, other=0.0).to(gl.float32)
+    gl.store(out + token * N + r, y.to(gl.bfloat16), mask=(token < T) & (r < N))
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` takes these: bfloat16, 2 to 16 tokens, whole blocks of K."""
+    few = 1 < len(x) <= MAX_TOKENS and weight.shape[1] % 64 == 0
+    return few and x.dtype == weight.dtype == torch.bfloat16
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K], weight [N, K], bias [N], see `multiplies` -> [T, N]. One launch; the weights may be
+    read before earlier launches are done."""
+    T, (N, K), pdl = len(x), weight.shape, is_supported(90)
+    out = x.new_empty(T, N)
+    linear_kernel[(triton.cdiv(N, 16),)](
+        x.contiguous().view(torch.int32), weight.view(torch.int32), bias, out, T, N, K,
+        8 if T <= 8 else 16, bias is not None, pdl, num_warps=LINEAR_WARPS.value, launch_pdl=pdl,
+    )  # fmt: skip
+    return out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -652,15 +723,21 @@ def combine_kernel(
     summed: gl.constexpr = gl.SliceLayout(0, product_layout(g.WK, g.WN))
     BN: gl.constexpr = 16 * g.NB * g.WN
     n, tile = gl.program_id(0), gl.program_id(1)
-    tiles, expert, size = gl.load(count), gl.load(experts + tile), gl.load(sizes + tile)
+    if PDL:
+        order(START_NEXT)
+    # past the L1 cache, which was not emptied since `route` wrote these
+    tiles = gl.load(count, cache_modifier=".cg")
+    expert = gl.load(experts + tile, cache_modifier=".cg")
+    size = gl.load(sizes + tile, cache_modifier=".cg")
     column = iota(0, g.BM, right_layout(g.WK, g.WN, g.BM), 4)
-    row = gl.load(rows + tile * g.BM + column)
+    row = gl.load(rows + tile * g.BM + column, cache_modifier=".cg")
     order(STAY)
     if tile >= tiles:
         return
     live, r = iota(1, g.BM, summed, 2) < size, n * BN + iota(0, BN, summed, 2)
-    pair = gl.load(rows + tile * g.BM + iota(1, g.BM, summed, 2), mask=live, other=0)
-    gate, b = gl.load(gates + pair), gl.load(bias + expert * g.N + r)
+    pair = rows + tile * g.BM + iota(1, g.BM, summed, 2)
+    pair = gl.load(pair, mask=live, other=0, cache_modifier=".cg")
+    gate, b = gl.load(gates + pair, cache_modifier=".cg"), gl.load(bias + expert * g.N + r)
     acc = expert_gemm(h, row, column < size, data, scale, expert, n, steps, PDL, g) + b
     gl.store(y + pair * g.N + r, acc * gate, mask=live)
     if arrive(arrived + COUNTERS + n) == tiles - 1:
@@ -691,11 +768,20 @@ def sum_pairs(y, out, T, n, TOP_K: gl.constexpr, g: gl.constexpr):
 ROUTE_PARTS = 3  # of the router's K
 
 
-def cuts_for(T: int) -> tuple[Cut, Cut]:
-    """The cuts of dispatch and of combine, of equal BM, for T tokens. An expert has at most one
-    pair of each token."""
-    BM = 8 if T <= 8 else 16
-    return Cut(BM, 1, 1, 4, 4, 1), Cut(BM, 1, 1, 4, 4, 1)
+def cuts_for(T: int, *sizes: int) -> tuple[Cut, Cut]:
+    """The cuts of dispatch and of combine, of equal BM, for T tokens and these N: of the 120b the
+    fastest on an H100 (docs/performance.md). An expert has at most one pair of each token."""
+    if T == 1:
+        cuts = Cut(8, 1, 4, 2, 4, 1), Cut(8, 1, 1, 4, 6, 1)
+    elif T <= 8:
+        cuts = Cut(8, 2, 1, 2, 4, 1), Cut(8, 1, 1, 4, 3, 1)
+    else:
+        cuts = Cut(16, 4, 1, 2, 2, 1), Cut(16, 4, 1, 2, 2, 1)
+    # rows that these would not divide: 16 a program
+    return tuple(
+        replace(cut, NB=1, WN=1) if N % (16 * cut.NB * cut.WN) else cut
+        for cut, N in zip(cuts, sizes, strict=True)
+    )
 
 
 def moe(
@@ -726,9 +812,9 @@ def moe(
     up, down, R = packed.gate_up, packed.down, T * top_k
     first, second = (
         Gemm(*astuple(cut), w.N, w.K, w.wide)
-        for cut, w in zip(cuts_for(T), (up, down), strict=True)
+        for cut, w in zip(cuts_for(T, up.N, down.N), (up, down), strict=True)
     )
-    BM, pdl = first.BM, PDL and is_supported(90)
+    BM, pdl = first.BM, is_supported(90)
     tiles = min(R, E) if T <= BM else min(R, E + R // BM)  # at most
 
     def new(*shape, dtype=torch.int32):
@@ -748,7 +834,7 @@ def moe(
     route_kernel[(triton.cdiv(E, 16) + 1, ROUTE_PARTS, triton.cdiv(T, ROUTE_TOKENS.value))](
         x.view(torch.int32), router_weight.contiguous().view(torch.int32), router_bias, seen,
         logits, chosen, gates, *listed, packed.arrived, T, H, E, top_k, tokens, BM, ROUTE_PARTS,
-        pdl, num_warps=ROUTE_WARPS.value,
+        pdl, num_warps=ROUTE_WARPS.value, launch_pdl=pdl,
     )  # fmt: skip
     launch(
         dispatch_kernel, first, seen, up.data, up.scale, up.bias, *listed, h.view(torch.bfloat16),

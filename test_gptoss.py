@@ -166,8 +166,36 @@ def test_of_a_prefill_only_the_last_row_survives(tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "forward", watched)
     engine = model.engine([prompt_of(200)], 1)
-    engine.step()
+    while engine.unfinished():
+        engine.step()
     assert len(most) == 25 and max(most) <= 2  # the one before is released when the next is there
+
+
+def test_prompts_are_prefilled_between_decode_steps(tmp_path, monkeypatch):
+    """A long prompt holds up a running one for a chunk at a time, and both get their tokens."""
+    model, long = GPTOSS.from_pretrained(make(tmp_path)), prompt_of(100)
+    alone = [model.generate([prompt], 30, stop_tokens=())[0] for prompt in (long[:5], long)]
+    monkeypatch.setattr(gptoss, "PREFILL_TOKENS", 10)
+    engine = model.engine([long[:5]], 30, stop_tokens=(), num_pages=100, max_batch=2)
+    new, gave = [[], []], []
+    engine.submit(long, 30)
+    while engine.unfinished():
+        given = engine.step()
+        gave.append([index for index, _ in given])
+        for index, token in given:
+            new[index].append(token)
+    assert new == alone
+    # Both in chunks of 5, of which the first prompt is one; then chunks of 10 between its tokens.
+    assert gave[:20] == [[0], [0], [], [0], [], [0], [], [0], [], [0], [], [0], [], [0], [], [0],
+                         [], [0], [], [0]]  # fmt: skip
+    assert gave[20:22] == [[1], [0, 1]] and sorted(engine.cache.free) == list(range(1, 101))
+
+
+def test_a_prompt_is_kept_where_it_runs_alone(tmp_path):
+    model = GPTOSS.from_pretrained(make(tmp_path))
+    engine = model.engine([], 1, num_pages=20, max_batch=2)
+    with pytest.raises(ValueError, match="keep=True needs max_batch=1, this engine has 2"):
+        engine.submit(prompt_of(5), 1, keep=True)
 
 
 def test_bfloat16_is_near_float32(tmp_path):
@@ -448,6 +476,34 @@ def test_a_graph_gives_the_host_paths_tokens(tiny, options):
     assert answers() == captured
     gpu.ops = gpu.ops._replace(capturable=False)
     assert answers() == captured
+
+
+@on_gpu
+def test_the_padding_of_a_graph_meets_no_expert_of_its_own(tiny, monkeypatch):
+    """Batches of more than 16 are filled up to a multiple of 16."""
+    tokenizer = tiny[1]
+    texts = [f"What is {n} + {n + 3}?" for n in range(11, 29)]
+    prompts = [gptoss.chat_tokens(tokenizer, [("user", q)], "2026-01-31", "low") for q in texts]
+    gpu, met = GPTOSS.from_pretrained(TINY, "cuda"), []
+    answers = gpu.generate(prompts, 40)
+    engine, ops = gpu.engine(prompts, 40), gpu.ops
+    while len(engine.running) < len(prompts):
+        engine.step()
+
+    def moe(x, router_weight, router_bias, *rest):
+        met.append(gptoss.gating(x, router_weight, router_bias, 4).chosen)
+        return ops.moe(x, router_weight, router_bias, *rest)
+
+    with torch.inference_mode():
+        graph = gptoss.DecodeGraph.of(engine, engine.running)
+        graph.load(engine.running)
+        gpu.ops = ops._replace(moe=moe)
+        graph.run()
+    assert [len(chosen) for chosen in met] == [32] * len(gpu.layers)
+    assert all(torch.equal(chosen[18:], chosen[:1].expand(14, -1)) for chosen in met)
+    assert graph.tokens[18:].tolist() == graph.tokens[:1].tolist() * 14
+    gpu.ops = ops._replace(capturable=False)
+    assert gpu.generate(prompts, 40) == answers
 
 
 @on_gpu

@@ -568,9 +568,11 @@ def draw(stored: Stored, device, generator: torch.Generator | None) -> torch.Ten
     x = torch.randn(stored.shape, dtype=torch.bfloat16, **options)
     if "norm" in stored.ours:
         return 1 + 0.2 * x
-    if "router_bias" in stored.ours:
-        return 0.1 * x  # small beside the logits, so that tokens choose nearly independently
-    if "bias" in stored.ours or "sinks" in stored.ours:
+    if "bias" in stored.ours:
+        # Small beside what differs from token to token, so that these choose experts nearly
+        # independently.
+        return 0.1 * x
+    if "sinks" in stored.ours:
         return x
     inputs = stored.shape[-2 if len(stored.shape) == 3 else -1]  # unpacked experts are [E, in, out]
     return x * ((3 if stored.ours == "unembedding" else 1) / inputs**0.5)

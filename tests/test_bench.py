@@ -1,6 +1,7 @@
 """Tests of bench.py: the arithmetic of its reports against counts by hand, its errors, and small
 runs."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def test_bytes_of_a_tiny_step_by_hand():
     (["--ab", "ops=torch"], 2, "expected SETTING=A,B"),
     (["--ab", "ops=torch,torch"], 2, "expected SETTING=A,B"),
     (["--ab", "ops=torch,gluon", "--peer", "transformers"], 2, "not allowed with"),
-    (["--checkpoint", "random:7b"], 2, "random: takes 20b or 120b"),
+    (["--checkpoint", "random:7b"], 2, "random: takes 20b, 120b or tiny"),
     (["--concurrency", "1,0"], 2, "--concurrency: '0' is not a positive number"),
     (["--output", "1"], 2, "nothing to time"),
     (["--nonsense"], 2, "unrecognized arguments"),
@@ -127,6 +128,39 @@ def test_a_missing_peer_is_one_line(capsys, monkeypatch):
     assert err.startswith("bench: ") and "transformers" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    MemoryError(),
+])  # fmt: skip
+def test_no_memory_is_one_line_that_says_what_to_do(error, capsys, monkeypatch):
+    def build(args, device):
+        raise error
+
+    monkeypatch.setattr(bench, "build", build)
+    assert bench.main(["--checkpoint", "random:120b", "--device", "cpu"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("bench: out of memory with --checkpoint random:120b: lower --concurrency")
+
+
+def test_an_error_without_words_is_named(capsys, monkeypatch):
+    def build(args, device):
+        raise RuntimeError
+
+    monkeypatch.setattr(bench, "build", build)
+    assert bench.main([]) == 1 and capsys.readouterr().err == "bench: RuntimeError\n"
+
+
+def test_interrupted(capsys, monkeypatch):
+    def measure(args, systems, bandwidth):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure", measure)
+    assert bench.main([]) == 130
+    assert capsys.readouterr() == ("", "bench: interrupted\n")
+
+
 def test_importing_needs_no_triton():
     code = "import sys; sys.modules['triton'] = None; import bench"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -146,6 +180,7 @@ def run(argv, capsys) -> dict:
 def test_a_run_on_tiny(capsys):
     result = run([*FEW, "--concurrency", "1,3"], capsys)
     assert result["bandwidth"] > 1e8 and result["loaded_s"] > 0 and result["pairs"] == []
+    assert result["cache_pages"] > 0
     assert result["settings"]["output"] == 6 and result["torch"] == torch.__version__
     for row, concurrency in zip(result["rows"], (1, 3), strict=True):
         assert {key for _, key, _ in bench.COLUMNS} <= set(row)
@@ -155,9 +190,8 @@ def test_a_run_on_tiny(capsys):
         assert row["share"] == pytest.approx(row["floor"] / row["step"])
 
 
-def test_random_weights_and_ab(capsys, monkeypatch):
-    monkeypatch.setattr(weights, "published", lambda size: tiny_config())
-    argv = ["--checkpoint", "random:20b", "--concurrency", "2", "--device", "cpu"]
+def test_random_weights_and_ab(capsys):
+    argv = ["--checkpoint", "random:tiny", "--concurrency", "2", "--device", "cpu"]
     result = run([*FEW, *argv, "--ab", "dtype=float32,bfloat16"], capsys)
     assert [row["system"] for row in result["rows"]] == ["dtype=float32", "dtype=bfloat16"]
     assert [pair["figure"] for pair in result["pairs"]] == ["TTFT", "TPOT"]
@@ -198,9 +232,57 @@ def test_transformers_plays_the_same_tokens():
     assert sorted(ours.stream(prompts, 6)) == sorted(theirs.stream(prompts, 6))
 
 
-def test_transformers_with_random_weights(capsys, monkeypatch):
-    monkeypatch.setattr(weights, "published", lambda size: tiny_config())
-    argv = ["--checkpoint", "random:20b", "--concurrency", "1", "--device", "cpu"]
+def test_transformers_with_random_weights(capsys):
+    argv = ["--checkpoint", "random:tiny", "--concurrency", "1", "--device", "cpu"]
     result = run([*FEW, *argv, "--peer", "transformers"], capsys)
     assert [row["system"] for row in result["rows"]] == ["gptoss", "transformers"]
     assert "floor" not in result["rows"][1] and len(result["pairs"]) == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# tools/bench_moe.py --ops triton
+
+
+@pytest.fixture
+def bench_moe():
+    pytest.importorskip("triton")
+    return importlib.import_module("bench_moe")
+
+
+def test_a_layer_of_ops_triton(bench_moe, monkeypatch):
+    """What would be captured on a GPU, run in the emulator; the times are made up."""
+    gfx950, config, layers = importlib.import_module("gfx950"), tiny_config(), []
+
+    def graph_ms(call):
+        layers.append(call())
+        return 2e-3 if len(layers) % 2 else 8e-3  # ms of a graph of four or one calls
+
+    monkeypatch.setattr(weights, "published", lambda size: config)
+    monkeypatch.setattr(bench_moe, "BATCHES", (1, 20))
+    monkeypatch.setattr(bench_moe, "copy_bandwidth", lambda device: 1e12)
+    monkeypatch.setattr("triton.testing.do_bench_cudagraph", graph_ms)
+    monkeypatch.setitem(
+        bench_moe.KERNEL_PEERS, "triton_kernels",
+        lambda experts, top_k, activations: lambda x, router_weight, router_bias: x @ x.mT,
+    )  # fmt: skip
+    with gfx950.emulate():
+        result = bench_moe.triton_layers("20b", "bf16", torch.device("cpu"), 0)
+    few, many = result["layers"]
+    # 16 experts: four calls of four distinct ones, then one of all.
+    assert (few["active"], many["active"]) == (4, 16)
+    assert [len(outputs) for outputs in layers] == [4, 4, 1, 1]
+    assert all(out.shape == (1, 192) and out.isfinite().all() for out in layers[0])
+    assert len({tuple(out.flatten().tolist()) for out in layers[0]}) == 4
+    assert few["moe_us"] == 0.5 and few["triton_kernels_us"] == 2 == 4 * 0.5
+    assert few["weight_bytes"] == 4 * 3 * 192 * 160 * 17 // 32
+    assert few["copy_us"] == pytest.approx(few["weight_bytes"] / 1e6)
+    assert few["of_floor"] == pytest.approx(0.5 / few["copy_us"])
+    assert few["of_triton_kernels"] == 0.25 and "floor_us" not in few
+
+
+def test_ops_triton_without_a_gpu_is_one_line(bench_moe, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert bench_moe.main(["--ops", "triton"]) == 1
+    assert capsys.readouterr() == (
+        "", "bench_moe: --ops triton times on a GPU, and PyTorch finds none\n"
+    )  # fmt: skip

@@ -10,6 +10,7 @@ import bench_ops
 import compile_ops
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from common import TINY, hf_config, prompt_of, relative
@@ -63,6 +64,29 @@ def test_add_norm_keeps_nan_in_its_row():
     with gfx950.emulate():
         norm = ops_triton.add_norm(x, None, torch.ones(96), 1e-5)[1]
     assert norm.isnan().all(1).tolist() == [False, True, False]
+
+
+# -- dense layers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, FLOAT])
+@pytest.mark.parametrize("N, K, bias", [(7, 96, True), (40, 300, False), (1, 1, True)])
+@modes
+def test_linear(dtype, N, K, bias, timing, schedule):
+    x, weight = normal(1, K, dtype=dtype), normal(N, K, seed=1, dtype=dtype)
+    bias = normal(N, seed=2, dtype=dtype) if bias else None
+    with gfx950.emulate(timing=timing, schedule=schedule) as gpu:
+        got = ops_triton.linear(x, weight, bias)
+    want = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    assert got.dtype == dtype and len(gpu.launches) == 1
+    assert relative(got.float(), want) < (SAME_SUMS if dtype == FLOAT else 2.0**-8)  # one rounding
+
+
+def test_linear_of_more_tokens_is_pytorchs():
+    x, weight = normal(3, 64), normal(5, 64, seed=1)
+    with gfx950.emulate() as gpu:
+        assert torch.equal(ops_triton.linear(x, weight), F.linear(x, weight))
+    assert not gpu.launches
 
 
 # -- attention ------------------------------------------------------------------------------------
@@ -163,10 +187,13 @@ def test_shapes_of_heads(N, G, D, kind):
 
 @KINDS
 def test_padding_of_a_decode_batch_writes_nothing(kind):
-    case = Case([20, 9], [1, 1], 16, BF16)
-    case.step.positions[1] = -1
-    case.step.tables[kind][1] = 0
-    case.check(kind)
+    """And gets what the first sequence gets, whether its keys are in one part or in several."""
+    for cached in (20, 290):
+        case = Case([cached, 9, 9, 9], [1, 1, 1, 1], 16, BF16)
+        case.step.positions[2:] = -1
+        case.step.tables[kind][2:] = 0
+        out, _ = case.check(kind)
+        assert torch.equal(out[2:], out[:1].expand(2, -1)) and not torch.equal(out[1], out[0])
 
 
 @KINDS
@@ -352,6 +379,15 @@ def test_dequantised_is_exact(wide):
         assert torch.equal(out.signbit(), want[0].signbit()) or scale.max() == 255
 
 
+def test_weights_without_scales_are_rounded_to_bfloat16():
+    bf16 = make_experts(2, 64, 48, bf16=True)
+    for dtype in (torch.float32, torch.float16):
+        other = replace(bf16, down_weight=bf16.down_weight.to(dtype))
+        packed = ops_triton.prepare(other, "bf16").down.data
+        want = ops_triton.prepare(replace(bf16, down_weight=other.down_weight.bfloat16()), "bf16")
+        assert packed.dtype == torch.bfloat16 and torch.equal(packed, want.down.data)
+
+
 def test_prepare_refuses_what_the_kernels_do_not_multiply():
     fp4, bf16 = make_experts(2, 64, 32), make_experts(2, 64, 48, bf16=True)
     with pytest.raises(ValueError, match="'int8', expected one of bf16, fp8, mxfp8, mxfp4"):
@@ -360,8 +396,8 @@ def test_prepare_refuses_what_the_kernels_do_not_multiply():
         ops_triton.prepare(replace(fp4, down_input_scale=None), "fp8")
     with pytest.raises(ValueError, match="48 inputs are no multiple of 32"):
         ops_triton.prepare(bf16, "mxfp8")
-    with pytest.raises(ValueError, match="torch.float32, expected bfloat16"):
-        ops_triton.prepare(replace(bf16, down_weight=bf16.down_weight.float()), "bf16")
+    with pytest.raises(ValueError, match="torch.int32, expected a float"):
+        ops_triton.prepare(replace(bf16, down_weight=bf16.down_weight.int()), "bf16")
     packed, (x, *router) = ops_triton.prepare(fp4, "bf16"), make_inputs(3, 2, 64)
     with pytest.raises(ValueError, match="prepared for 'bf16'"):
         ops_triton.moe(x, *router, packed, 2, "mxfp8")

@@ -2,13 +2,16 @@
 
     python tools/bench_moe.py                      a 120b layer, compiled and emulated on a CPU
     python tools/bench_moe.py --activations fp8    on a gfx950 beside the peers installed there
+    python tools/bench_moe.py --ops triton         ops_triton's layer on any GPU, with a peer's
 
 Prints a layer's bytes and FLOP, and the us they take an MI355 at 8 TB/s and its dense matrix rate;
 registers, spills, LDS, tile and workgroups of every kernel; and up to 16 tokens the emulator's
 counts. Routing is made up so that a given number of experts takes part, equally often. On a gfx950
 each layer is replayed as a graph instead, with other experts in every call, and timed; that part
-has never run, except for the peers' layers in the emulator. Each column says whether it was
-measured, counted or modelled."""
+has never run, except for the peers' layers in the emulator. --ops triton times in the same way,
+against the bandwidth of a copy on that GPU; no call finds its weights in the cache, as the experts
+between two uses of one are more than any GPU caches. Each column says whether it was measured,
+counted or modelled."""
 
 import argparse
 import collections
@@ -21,12 +24,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import triton
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import peer_gpu
+
 import gfx950
 import moe_gluon
+import ops_triton
 import weights
-from bench import device_name, table
+from bench import SIZES, copy_bandwidth, device_name, table
 from weights import Config
 
 # MI355X (AMD's data sheet): bytes/s, and dense FLOP/s by the wider operand of the matrix
@@ -120,10 +127,11 @@ def launch_row(launch, packed) -> dict:
     return row
 
 
-def triton_kernels_peer(experts, top_k: int) -> Callable:
+def triton_kernels_peer(experts, top_k: int, activations: str) -> Callable:
     """OpenAI's Triton kernels (Triton's repository, python/triton_kernels, as of triton 3.8), with
-    static e4m3 activations: with bf16 ones they do not compile for gfx950 in the tiles of up to
-    1024 tokens. -> layer(x, router_weight, router_bias) -> [T, H]."""
+    bf16 or static e4m3 activations: on a gfx950 fp8, since with bf16 ones they do not compile for
+    it in the tiles of up to 1024 tokens. -> layer(x, router_weight, router_bias) -> [T, H]."""
+    peer_gpu.add_what_triton_lacks()
     from triton_kernels.matmul import FlexCtx, FnSpecs, FusedActivation, PrecisionConfig, matmul
     from triton_kernels.numerics import InFlexData, OutFlexData
     from triton_kernels.swiglu import swiglu_fn
@@ -136,7 +144,7 @@ def triton_kernels_peer(experts, top_k: int) -> Callable:
     from triton_kernels.tensor_details import layout
     from triton_kernels.topk import topk
 
-    e4m3, device = torch.float8_e4m3fn, experts.down_bias.device
+    e4m3, device, fp8 = torch.float8_e4m3fn, experts.down_bias.device, activations == "fp8"
     first, second = (
         torch.tensor([s], device=device)
         for s in (experts.gate_up_input_scale, experts.down_input_scale)
@@ -150,14 +158,17 @@ def triton_kernels_peer(experts, top_k: int) -> Callable:
             wrap_torch_tensor(scales.mT), layout.make_default_matmul_mxfp4_w_scale_layout(-2)
         )
         return values, PrecisionConfig(
-            flex_ctx=FlexCtx(InFlexData(e4m3, seen), out_data=out),
+            flex_ctx=FlexCtx(InFlexData(e4m3, seen) if fp8 else InFlexData(), out_data=out),
             b_mx_scale=scales,
             b_microblock_size=32,
             out_dtype=out.dtype or torch.bfloat16,
         )
 
     up, up_config = weight(
-        experts.gate_up_weight, experts.gate_up_scale, first, OutFlexData(e4m3, second)
+        experts.gate_up_weight,
+        experts.gate_up_scale,
+        first,
+        OutFlexData(e4m3, second) if fp8 else OutFlexData(),
     )
     down, down_config = weight(experts.down_weight, experts.down_scale, second, OutFlexData())
     up_bias, down_bias = experts.gate_up_bias.float(), experts.down_bias.float()
@@ -171,7 +182,7 @@ def triton_kernels_peer(experts, top_k: int) -> Callable:
         order = chosen.mask_metadata.col_sorted_indx
         rows = make_ragged_tensor_metadata(chosen.mask_metadata.col_sum, len(order))
         h = matmul(
-            (x / first).to(e4m3),
+            (x / first).to(e4m3) if fp8 else x,
             up,
             up_bias,
             rows,
@@ -193,9 +204,9 @@ def triton_kernels_peer(experts, top_k: int) -> Callable:
     return layer
 
 
-def tokenspeed_peer(experts, top_k: int) -> Callable:
-    """TokenSpeed's Gluon kernels for gfx950 (tokenspeed-kernel-amd), static e4m3 activations. ->
-    layer, as above."""
+def tokenspeed_peer(experts, top_k: int, activations: str) -> Callable:
+    """TokenSpeed's Gluon kernels for gfx950 (tokenspeed-kernel-amd), whose activations are static
+    e4m3, "fp8". -> layer, as above."""
     from tokenspeed_kernel_amd.ops.gfx950.moe.mxfp4 import weight_preprocess
     from tokenspeed_kernel_amd.ops.gfx950.moe.mxfp4.fused import gluon_mxfp_fused_moe
 
@@ -230,41 +241,50 @@ def tokenspeed_peer(experts, top_k: int) -> Callable:
 KERNEL_PEERS = {"triton_kernels": triton_kernels_peer, "tokenspeed": tokenspeed_peer}
 
 
-def kernel_peers(experts, top_k: int) -> dict[str, Callable]:
-    """Those of KERNEL_PEERS that are installed; of the others stderr says why they are left out."""
+def kernel_peers(
+    experts, top_k: int, activations: str = "fp8", names=tuple(KERNEL_PEERS)
+) -> dict[str, Callable]:
+    """Those of the named KERNEL_PEERS that are installed; of the others stderr says why they are
+    left out."""
     layers = {}
-    for name, peer in KERNEL_PEERS.items():
+    for name in names:
         try:
-            layers[name] = peer(experts, top_k)
+            layers[name] = KERNEL_PEERS[name](experts, top_k, activations)
         except ImportError as error:
             print(f"bench_moe: without {name}: {error}", file=sys.stderr)
     return layers
 
 
-def layer_times(config: Config, tokens: int, active: int, packed, peers, device) -> dict:
-    """us of a layer, its launchers and its peers on a gfx950, of graphs that replay calls. Every
-    call meets other experts until all had their turn: none comes from a cache."""
+def graph_times(config: Config, tokens: int, active: int, calls_of: Callable, device) -> dict:
+    """us of each of the calls that calls_of(x, router_weight, router_bias) names, of graphs that
+    replay them. Every call meets other experts until all had their turn."""
     from triton.testing import do_bench_cudagraph
 
-    top_k, calls = config.num_experts_per_tok, collections.defaultdict(list)
+    calls = collections.defaultdict(list)
     for first in range(0, config.num_local_experts, active):
-        x = pinned(config, tokens, active, first, device)
-        inputs = *x, packed, top_k
-        routing = moe_gluon.gating_gemm(*inputs)
-        h = moe_gluon.dispatch_swiglu(routing, packed)
-        for name, *given in (
-            ("moe", *inputs),
-            ("gating_gemm", *inputs),
-            ("dispatch_swiglu", routing, packed),
-            ("combine", *h, routing, packed),
-        ):
-            calls[f"{name}_us"].append(functools.partial(getattr(moe_gluon, name), *given))
-        for name, layer in peers.items():
-            calls[f"{name}_us"].append(functools.partial(layer, *x))
+        for name, call in calls_of(*pinned(config, tokens, active, first, device)).items():
+            calls[f"{name}_us"].append(call)
     return {
         name: 1e3 * do_bench_cudagraph(lambda turns=turns: [call() for call in turns]) / len(turns)
         for name, turns in calls.items()
     }
+
+
+def layer_times(config: Config, tokens: int, active: int, packed, peers, device) -> dict:
+    """us of a layer, its launchers and its peers on a gfx950."""
+
+    def calls_of(*x):
+        inputs = *x, packed, config.num_experts_per_tok
+        routing = moe_gluon.gating_gemm(*inputs)
+        h = moe_gluon.dispatch_swiglu(routing, packed)
+        return {
+            "moe": functools.partial(moe_gluon.moe, *inputs),
+            "gating_gemm": functools.partial(moe_gluon.gating_gemm, *inputs),
+            "dispatch_swiglu": functools.partial(moe_gluon.dispatch_swiglu, routing, packed),
+            "combine": functools.partial(moe_gluon.combine, *h, routing, packed),
+        } | {name: functools.partial(layer, *x) for name, layer in peers.items()}
+
+    return graph_times(config, tokens, active, calls_of, device)
 
 
 LAYER_COLUMNS = [
@@ -274,6 +294,7 @@ LAYER_COLUMNS = [
     ("least weight bytes, counted", "weight_bytes", ",d"),
     ("least FLOP, counted", "flop", ".3g"),
     ("MI355 floor us, modelled", "floor_us", ".1f"),
+    ("copy floor us, measured", "copy_us", ".1f"),
     ("us, measured", "moe_us", ".1f"),
     ("triton_kernels us, measured", "triton_kernels_us", ".1f"),
     ("TokenSpeed us, measured", "tokenspeed_us", ".1f"),
@@ -283,6 +304,7 @@ LAYER_COLUMNS = [
     ("TB/s, measured", "tb_s", ".2f"),
     ("TFLOP/s, measured", "tflop_s", ",.1f"),
     ("/ floor, measured", "of_floor", ".2f"),
+    ("/ triton_kernels, measured", "of_triton_kernels", ".2f"),
     ("weights requested / least, counted", "weights_ratio", ".3f"),
     ("all else requested / least, counted", "others_ratio", ".2f"),
     ("busiest resources us, modelled", "model_us", ".1f"),
@@ -308,16 +330,54 @@ KERNEL_COLUMNS = [
 ]
 
 
+def one_layer(config: Config, layout: str, device, seed: int):
+    """Made-up experts of one layer, with the input scales that static fp8 needs."""
+    one = replace(config, num_hidden_layers=1, vocab_size=1, layer_types=config.layer_types[:1])
+    experts = weights.random(one, layout, device, seed).experts[0]
+    return replace(experts, gate_up_input_scale=0.02, down_input_scale=0.01)
+
+
+def triton_layers(size: str, activations: str, device: torch.device, seed: int) -> dict:
+    """ops_triton's layer for each of BATCHES, mxfp4 weights, timed; with bf16 activations beside
+    triton_kernels' where installed, on the same experts and inputs."""
+    config, bandwidth = weights.published(size), copy_bandwidth(device)
+    E, top_k = config.num_local_experts, config.num_experts_per_tok
+    experts, layers = one_layer(config, "openai", device, seed), []
+    packed = ops_triton.prepare(experts, activations)
+    names = ["triton_kernels"] if activations == "bf16" else []
+    peers = kernel_peers(experts, top_k, activations, names)
+    del experts
+
+    def calls_of(*x):
+        given = *x, packed, top_k, activations, config.swiglu_limit
+        return {"moe": functools.partial(ops_triton.moe, *given)} | {
+            name: functools.partial(layer, *x) for name, layer in peers.items()
+        }
+
+    for tokens in weights.progress(BATCHES, "layers"):
+        active = round(expected_experts(E, top_k, tokens))
+        # The weights are packed whatever the activations, so the bytes are those of mxfp4.
+        layer = {"tokens": tokens, "active": active} | layer_floor(config, "mxfp4", tokens, active)
+        del layer["floor_us"]  # of an MI355
+        layer |= graph_times(config, tokens, active, calls_of, device)
+        us = layer["moe_us"]
+        layer["copy_us"] = 1e6 * layer["weight_bytes"] / bandwidth
+        layer |= {"tb_s": layer["weight_bytes"] / us / 1e6, "tflop_s": layer["flop"] / us / 1e6}
+        layer["of_floor"] = us / layer["copy_us"]
+        if peers:
+            layer["of_triton_kernels"] = us / layer["triton_kernels_us"]
+        layers.append(layer)
+    return {"bandwidth": bandwidth, "layers": layers, "kernels": []}
+
+
 def kernels(size: str, activations: str, device: torch.device, seed: int) -> dict:
     """A layer for each of BATCHES: compiled, up to 16 tokens emulated; and timed where the device
     is a gfx950, with fp8 activations beside its peers, which have those."""
     on_gfx950 = device.type == "cuda"
     config = weights.published(size)
     E, top_k = config.num_local_experts, config.num_experts_per_tok
-    one = replace(config, num_hidden_layers=1, vocab_size=1, layer_types=config.layer_types[:1])
     layout = "hf-bf16" if activations == "bf16" else "openai"
-    experts = weights.random(one, layout, device, seed).experts[0]
-    experts = replace(experts, gate_up_input_scale=0.02, down_input_scale=0.01)  # for static fp8
+    experts = one_layer(config, layout, device, seed)
     packed, layers, rows = moe_gluon.prepare(experts, activations), [], []
     peers = kernel_peers(experts, top_k) if on_gfx950 and activations == "fp8" else {}
     del experts
@@ -350,25 +410,44 @@ def kernels(size: str, activations: str, device: torch.device, seed: int) -> dic
     return {"layers": layers, "kernels": rows}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Count, and on a gfx950 time, one MoE layer.")
-    parser.add_argument("--model", default="120b", choices=("20b", "120b"))
-    parser.add_argument("--activations", default="mxfp8", choices=tuple(MI355_FLOPS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    args = parser.parse_args()
-    real = torch.cuda.is_available() and moe_gluon.is_supported()
-    device = torch.device("cuda" if real else "cpu")
-    result = kernels(args.model, args.activations, device, args.seed)
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--ops", default="gluon", choices=("gluon", "triton"), help="whose layer (default: gluon)")
+    add("--model", default="120b", choices=SIZES)
+    add("--activations", choices=tuple(MI355_FLOPS), help="default: mxfp8; under triton bf16")
+    add("--seed", type=int, default=0)
+    add("--json", action="store_true", help="print JSON instead of tables")
+    args = parser.parse_args(argv)
+    cuda, on_triton = torch.cuda.is_available(), args.ops == "triton"
+    args.activations = args.activations or ("bf16" if on_triton else "mxfp8")
+    if on_triton and not cuda:
+        print("bench_moe: --ops triton times on a GPU, and PyTorch finds none", file=sys.stderr)
+        return 1
+    device = torch.device("cuda" if cuda and (on_triton or moe_gluon.is_supported()) else "cpu")
+    measure = triton_layers if on_triton else kernels
+    try:
+        result = measure(args.model, args.activations, device, args.seed)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        print(f"bench_moe: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     if args.json:
-        print(json.dumps({"settings": vars(args), "device": device_name(device)} | result))
+        what = {"device": device_name(device), "torch": torch.__version__}
+        what |= {"triton": triton.__version__, "settings": vars(args)}
+        print(json.dumps(what | result))
         return 0
-    print(f"One MoE layer of {args.model}, {args.activations} activations; {device_name(device)}\n")
+    print(
+        f"One MoE layer of {args.model}, {args.activations} activations; {device_name(device)}, "
+        f"torch {torch.__version__}, triton {triton.__version__}\n"
+    )
     for columns, rows in (LAYER_COLUMNS, result["layers"]), (KERNEL_COLUMNS, result["kernels"]):
         there = [column for column in columns if any(column[1] in row for row in rows)]
-        print(table(there, rows), end="\n\n")
+        if there:
+            print(table(there, rows), end="\n\n")
+    if on_triton:
+        print(f"A large copy reads and writes {result['bandwidth'] / 1e9:.1f} GB/s.")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ over --flops, whichever is more. error: relative L2 against the equations in flo
 device. A line of JSON is written as soon as it is measured; the table follows at the end. A variant
 BN,BM,BK,warps,stages[,split] replaces the choice of `ops_triton.tiles_for`. Of moe_nvidia, which is
 timed beside it up to 64 tokens, --nvidia replaces `cuts_for`: BM:dispatch's NB,WN,WK,AHEAD,X_AHEAD
-[:combine's], BM 0 for the one it would choose; the first row without PDL.
+[:combine's], BM 0 for the one it would choose; each with and without programmatic dependent launch.
 
     python tools/bench_ops.py --only moe --tokens 1 8 64 --nvidia 0:1,1,4,6,1 0:1,1,4,4,1:1,1,8,3,1
 
@@ -308,7 +308,7 @@ def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str, nv
         if T > moe_nvidia.MAX_TOKENS or activations != "bf16" or not moe_nvidia.is_supported():
             continue
         calls = calls_of(moe_nvidia)  # which reads ops_triton's packed experts
-        for variant, pdl in ((None, False), *((variant, True) for variant in [None, *nvidia])):
+        for variant, pdl in itertools.product([None, *nvidia], (True, False)):
             cuts = moe_nvidia.cuts_for(T)
             if variant:
                 BM = variant[0].BM or cuts[0].BM

@@ -164,8 +164,8 @@ def main() -> None:
 def launch_layer(
     c: weights.Config, T: int, activations="bf16", dtype=torch.bfloat16, mxfp4=True
 ) -> None:
-    """The five operations of a layer on meta tensors: T = 1 is a decode step, else a prompt. mxfp4:
-    the experts are, else bfloat16."""
+    """The operations of a layer on meta tensors: T = 1 is a decode step, else a prompt. mxfp4: the
+    experts are, else bfloat16."""
 
     def new(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -173,6 +173,8 @@ def launch_layer(
     H, inner, E = c.hidden_size, c.intermediate_size, c.num_local_experts
     N, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     ops_triton.add_norm(new(T, H), new(T, H), new(H, dtype=torch.float32), 1e-5)
+    for rows, columns in (((N + 2 * G) * D, H), (H, N * D)):  # queries, keys and values; the output
+        ops_triton.linear(new(T, columns), new(rows, columns), new(rows))
     table = new(1, 256, dtype=torch.int32)
     step = ops_triton.Plan(
         cos=new(T, D // 2, dtype=torch.float32),
