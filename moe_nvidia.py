@@ -479,10 +479,12 @@ def route_gemm(
         k = (z * PART + block) * 32 + iota(2, 4, right, 4) * 8 + iota(3, 8, right, 4)
         live = (block < PART) & (k < H // 2) & (token < T)
         xs = xs + (gl.load(x + token * (H // 2) + k, mask=live, other=0),)
+    order(STAY)
     acc = gl.full([WARPS, 16, ROUTE_TOKENS], 0, gl.float32, product)
-    for step in gl.static_range(len(ws)):
-        a = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
-        acc = mma_v2(a, right_operand(xs[step], gl.DotOperandLayout(1, product, 2)), acc)
+    if first < T:  # always: no product moves up from here, between the loads
+        for step in gl.static_range(len(ws)):
+            a = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
+            acc = mma_v2(a, right_operand(xs[step], gl.DotOperandLayout(1, product, 2)), acc)
     return gl.sum(acc, axis=0)
 
 
@@ -692,6 +694,7 @@ def dispatch_kernel(
     tiles, expert, size = gl.load(count), gl.load(experts + tile), gl.load(sizes + tile)
     column = iota(0, g.BM, right_layout(g.WK, g.WN, g.BM), 4)
     pair = gl.load(rows + tile * g.BM + column)
+    order(STAY)
     if tile >= tiles:
         return
     r = n * (16 * NB) + iota(0, 16 * NB, gl.SliceLayout(0, product_layout(g.WK, g.WN)), 2)
@@ -728,6 +731,7 @@ def combine_kernel(
     size = gl.load(sizes + tile, cache_modifier=".cg")
     column = iota(0, g.BM, right_layout(g.WK, g.WN, g.BM), 4)
     row = gl.load(rows + tile * g.BM + column, cache_modifier=".cg")
+    order(STAY)
     if tile >= tiles:
         return
     live, r = iota(1, g.BM, summed, 2) < size, n * BN + iota(0, BN, summed, 2)
