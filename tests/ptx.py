@@ -313,9 +313,11 @@ class Program:
         return self.read(name).reshape(self.warps, 32)
 
     def shfl(self, op, operands, active):
-        assert op[2] == "bfly" and active.all()
-        lanes = np.arange(32) ^ int(operands[2], 0)
-        self.write(operands[0], self.warp(operands[1])[:, lanes].reshape(-1), active)
+        assert op[2] in ("bfly", "idx") and int(operands[3], 0) == 31 and active.all(), operands
+        other = self.warp(operands[2]).astype(np.int64)
+        other = (np.arange(32) ^ other) if op[2] == "bfly" else other
+        values = np.take_along_axis(self.warp(operands[1]), other & 31, 1)
+        self.write(operands[0], values.reshape(-1), active)
 
     def ldmatrix(self, op, operands, active):
         names, at = self.names(operands[0]), self.address(operands[1]).reshape(self.warps, 32)
