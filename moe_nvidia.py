@@ -773,9 +773,9 @@ def cuts_for(T: int, *sizes: int) -> tuple[Cut, Cut]:
     """The cuts of dispatch and of combine, of equal BM, for T tokens and these N: of the 120b the
     fastest on an H100 (docs/performance.md). An expert has at most one pair of each token."""
     if T == 1:
-        cuts = Cut(8, 1, 4, 2, 4, 1), Cut(8, 1, 1, 4, 6, 1)
+        cuts = Cut(8, 1, 4, 2, 3, 1), Cut(8, 1, 1, 4, 4, 2)
     elif T <= 8:
-        cuts = Cut(8, 2, 1, 2, 4, 1), Cut(8, 1, 1, 4, 3, 1)
+        cuts = Cut(8, 2, 1, 2, 3, 1), Cut(8, 1, 1, 4, 4, 2)
     else:
         cuts = Cut(16, 4, 1, 2, 2, 1), Cut(16, 4, 1, 2, 2, 1)
     # rows that these would not divide: 16 a program
