@@ -15,8 +15,9 @@ Weights go from memory straight into the registers of mma.m16n8k16's left operan
 bytes, which are the operands of four instructions, 16 rows of weights x 64 inputs a warp. Tokens
 are the right operand, 8 columns. No shared memory, no barrier and no change of layout lies in
 between; the warps of a program split K, several loads of each are in flight, and the warps' sums
-meet in shared memory at the end, in a fixed order. That order depends on nothing but K: a token's
-result does not depend on its batch, and is the same in every run.
+meet in shared memory at the end, in a fixed order. That order depends on K and on how many warps
+split it: a token's result is the same in every run, and does not depend on its batch while that
+stays within 1 to 8 tokens, or above.
 
 With PDL (programmatic dependent launch, sm_90 and newer) a kernel starts while the one before it
 still runs, asks for the weights that it will need, and waits for that one only then. Since each
@@ -795,9 +796,9 @@ def moe(
     swiglu_limit: float = 7.0,
 ) -> Tensor:
     """x bfloat16 [T, H], T at most MAX_TOKENS; router_weight bfloat16 [E, H], router_bias [E] ->
-    [T, H]. Three launches. A token's result does not depend on the other tokens. ValueError for
-    experts that were prepared for other activations, for x of another dtype and for too many
-    tokens."""
+    [T, H]. Three launches. A token's result does not depend on the other tokens while there are 1
+    to 8, or while there are more. ValueError for experts that were prepared for other activations,
+    for x of another dtype and for too many tokens."""
     if packed.activations != activations:
         raise ValueError(
             f"experts were prepared for {packed.activations!r} activations, not for {activations!r}"
