@@ -1,5 +1,5 @@
 """The mixture-of-experts layer of GPT-OSS in Gluon for NVIDIA GPUs, sm_80 and newer: mxfp4 weights,
-bfloat16 activations, 1 to 16 tokens; and dense layers of 2 to 16.
+bfloat16 activations, 1 to 8 tokens; and dense layers of 2 to 8.
 
     packed = prepare(experts, "bf16")                                 # once, at load
     y = moe(x, router_weight, router_bias, packed, top_k, "bf16")     # [T, H] -> [T, H]
@@ -27,7 +27,7 @@ wait: so `route` is done, and `combine` knows the experts whose weights it asks 
     T  tokens     H  hidden size    I  intermediate size     E  experts    k  experts of a token
     N, K   outer and inner size of a GEMM's weight
     pair   a token and one of its k slots: pair = token * k + slot
-    tile   up to BM pairs of one expert
+    tile   the pairs of one expert, at most one of each token
     block  16 rows of weights x 64 inputs
 
 Number formats are OCP MX v1.0, the operands of mma.m16n8k16 those of the PTX ISA ("Matrix Fragments
@@ -45,12 +45,11 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 # triton 3.7 renamed it
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-MAX_TOKENS = 16  # above, ops_triton's layer is as fast (docs/performance.md)
+MAX_TOKENS = 8  # above, ops_triton's layer is faster (docs/performance.md)
 GROUP = 32  # inputs that share a scale
-ROUTE_TOKENS = gl.constexpr(8)  # of a program of `route`: the columns of the matrix instruction
+COLUMNS = gl.constexpr(MAX_TOKENS)  # of the matrix instruction: tokens, or the pairs of a tile
 ROUTE_WARPS = gl.constexpr(8)  # of which each selects the experts of one token
 LINEAR_WARPS = gl.constexpr(8)
-COUNTERS = gl.constexpr(16)  # of `route`, before those of `combine`
 
 
 def is_supported(least: int = 80) -> bool:
@@ -115,7 +114,7 @@ def prepare(experts, activations: str) -> Packed:
         if N % GROUP or K % GROUP:
             raise ValueError(f"an expert weight of {N} x {K}: expected multiples of {GROUP}")
     gate_up, down = (pack(*w, pair) for w, pair in zip(weights, (2, 1), strict=True))
-    counters = COUNTERS.value + down.N // 16
+    counters = 1 + down.N // 16  # of route and of combine
     return Packed(gate_up, down, activations, down.bias.new_zeros(max(counters, 1 << 12)).int())
 
 
@@ -163,12 +162,11 @@ def spread(byte: Tensor, a: int, b: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a program multiplies 16 * NB * WN rows of weights by a tile of BM pairs: its warps are WN
+    """How a program multiplies 16 * NB * WN rows of weights by a tile: its warps are WN
     beside each other, of NB blocks each, times WK along K. In a step warp k of these takes block
     step * WK + k of K. The weights of AHEAD steps are in flight, and the inputs of X_AHEAD beside
     those of the step at hand. WK decides the order of the sum over K, and so its last bits."""
 
-    BM: int
     NB: int
     WN: int
     WK: int
@@ -206,12 +204,12 @@ def words_layout(WK, WN):
 
 
 @gluon.constexpr_function
-def right_layout(WK, WN, BM):
-    """Blocks of inputs as memory has them, [BM, WK, 4, 8 words]: lane 4 r + c holds the 32 bytes c
+def right_layout(WK, WN):
+    """Blocks of inputs as memory has them, [8, WK, 4, 8 words]: lane 4 r + c holds the 32 bytes c
     of column r of each 8; the WN warps that share a block of K hold the same."""
-    registers, lanes = bits(8, 3, 4) + bits(BM // 8, 0, 4, 8), bits(4, 2, 4) + bits(8, 0, 4)
+    registers, lanes = bits(8, 3, 4), bits(4, 2, 4) + bits(8, 0, 4)
     warps = [[0, 0, 0, 0]] * (WN.bit_length() - 1) + bits(WK, 1, 4)
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [BM, WK, 4, 8])
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [8, WK, 4, 8])
 
 
 @gluon.constexpr_function
@@ -329,10 +327,9 @@ def left_operand(w, left: gl.constexpr):
 
 @gluon.jit
 def right_operand(x, right: gl.constexpr):
-    """int32 [BM, WK, 4 (c), 8 (m)] -> bfloat16 [WK, 64 (m, c, h), BM]."""
-    BM: gl.constexpr = x.shape[0]
+    """int32 [8, WK, 4 (c), 8 (m)] -> bfloat16 [WK, 64 (m, c, h), 8]."""
     WK: gl.constexpr = x.shape[1]
-    x = halves(x).to(gl.bfloat16, bitcast=True).permute(1, 3, 2, 4, 0).reshape(WK, 64, BM)
+    x = halves(x).to(gl.bfloat16, bitcast=True).permute(1, 3, 2, 4, 0).reshape(WK, 64, COLUMNS)
     return gl.convert_layout(x, right, assert_trivial=True)
 
 
@@ -369,7 +366,7 @@ def load_weights(data, scale, step, ahead: gl.constexpr, g: gl.constexpr):
 def load_inputs(x, live, step, ahead: gl.constexpr, g: gl.constexpr):
     """Inputs of the blocks of step + ahead; x points to those of `step`. Columns that are not live
     and what lies beyond K are zeros."""
-    layout: gl.constexpr = right_layout(g.WK, g.WN, g.BM)
+    layout: gl.constexpr = right_layout(g.WK, g.WN)
     block = (step + ahead) * g.WK + iota(1, g.WK, layout, 4)
     inside = block < (g.K + 63) // 64
     if g.K % 64 != 0:  # the upper half of the last block is missing
@@ -381,8 +378,8 @@ def load_inputs(x, live, step, ahead: gl.constexpr, g: gl.constexpr):
 def expert_gemm(
     x, row, live, data, scale, expert, n, steps, PDL: gl.constexpr, g: gl.constexpr
 ):  # fmt: skip
-    """float32 [16 NB WN, BM]: rows of an expert's weight, from 16 NB WN n on, times the BM rows of
-    x, over all of K. row, live [BM, 1, 1, 1]. PDL: the kernel before this one makes x. `steps` is
+    """float32 [16 NB WN, 8]: rows of an expert's weight, from 16 NB WN n on, times 8 rows of x,
+    over all of K. row, live [8, 1, 1, 1]. PDL: the kernel before this one makes x. `steps` is
     known only at launch, so that the loop and its branches stay what they are."""
     NB: gl.constexpr = g.NB * g.WN
     AHEAD: gl.constexpr = g.AHEAD
@@ -402,7 +399,7 @@ def expert_gemm(
     at = iota(0, g.WK, flat, 2) * BLOCKS * 8 + n * (NB * 8)
     scale += expert.to(gl.int64) * SIZE
     scale = scale + (at + iota(1, 32 * NB, flat, 2) // 4)
-    layout_x: gl.constexpr = right_layout(g.WK, g.WN, g.BM)
+    layout_x: gl.constexpr = right_layout(g.WK, g.WN)
     at = iota(1, g.WK, layout_x, 4) * 32 + iota(2, 4, layout_x, 4) * 8 + iota(3, 8, layout_x, 4)
     x = x + (gl.where(live, row, 0) * ((g.K + 63) // 64 * 32) + at)
 
@@ -413,7 +410,7 @@ def expert_gemm(
         order(AWAIT_PREVIOUS)
     for j in gl.static_range(X_AHEAD):
         xs = xs + (load_inputs(x, live, 0, j, g),)
-    acc = gl.full([g.WK, 16 * NB, g.BM], 0, gl.float32, product)
+    acc = gl.full([g.WK, 16 * NB, COLUMNS], 0, gl.float32, product)
     for step in range(0, steps, AHEAD):
         for j in gl.static_range(AHEAD):
             xs = xs + (load_inputs(x, live, step, j + X_AHEAD, g),)
@@ -441,14 +438,12 @@ def arrive(counter):
 
 
 @gluon.jit
-def reorder(x, seen, first, T, z, H: gl.constexpr, PART: gl.constexpr):
-    """Part z, PART blocks long, of 8 rows of x, as words of two bfloat16 -> seen, rows of whole
+def reorder(x, seen, T, z, H: gl.constexpr, PART: gl.constexpr):
+    """Part z, PART blocks long, of x, as words of two bfloat16 -> seen, rows of whole
     blocks with word 4 m + c of a block at 8 c + m."""
     WARPS: gl.constexpr = ROUTE_WARPS
-    layout: gl.constexpr = gl.BlockedLayout(
-        [ROUTE_TOKENS, 1, 1], [1, 1, 32], [1, WARPS, 1], [2, 1, 0]
-    )
-    token, word = first + iota(0, ROUTE_TOKENS, layout, 3), iota(2, 32, layout, 3)
+    layout: gl.constexpr = gl.BlockedLayout([COLUMNS, 1, 1], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
+    token, word = iota(0, COLUMNS, layout, 3), iota(2, 32, layout, 3)
     for start in gl.static_range(0, PART, WARPS):
         block = start + iota(1, WARPS, layout, 3)
         live = (token < T) & (block < PART) & ((z * PART + block) * 32 + word < H // 2)
@@ -459,15 +454,15 @@ def reorder(x, seen, first, T, z, H: gl.constexpr, PART: gl.constexpr):
 
 @gluon.jit
 def route_gemm(
-    x, w, first, T, e, z, H: gl.constexpr, E: gl.constexpr, PART: gl.constexpr, PDL: gl.constexpr
+    x, w, T, e, z, H: gl.constexpr, E: gl.constexpr, PART: gl.constexpr, PDL: gl.constexpr
 ):
-    """float32 [16, 8]: logits of experts e .. for tokens first .., over part z of H. x, w: words of
+    """float32 [16, 8]: logits of experts e .. for all tokens, over part z of H. x, w: words of
     two bfloat16."""
     WARPS: gl.constexpr = ROUTE_WARPS
     product: gl.constexpr = product_layout(WARPS, 1)
     left: gl.constexpr = left_layout(WARPS)
-    right: gl.constexpr = right_layout(WARPS, 1, ROUTE_TOKENS)
-    e, token = e + iota(1, 16, left, 4), first + iota(0, ROUTE_TOKENS, right, 4)
+    right: gl.constexpr = right_layout(WARPS, 1)
+    e, token = e + iota(1, 16, left, 4), iota(0, COLUMNS, right, 4)
     ws, xs = (), ()
     for start in gl.static_range(0, PART, WARPS):
         block = start + iota(0, WARPS, left, 4)
@@ -482,8 +477,8 @@ def route_gemm(
         live = (block < PART) & (k < H // 2) & (token < T)
         xs = xs + (gl.load(x + token * (H // 2) + k, mask=live, other=0),)
     order(STAY)
-    acc = gl.full([WARPS, 16, ROUTE_TOKENS], 0, gl.float32, product)
-    if first < T:  # always: no product moves up from here, between the loads
+    acc = gl.full([WARPS, 16, COLUMNS], 0, gl.float32, product)
+    if T > 0:  # always: no product moves up from here, between the loads
         for step in gl.static_range(len(ws)):
             a = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
             acc = mma_v2(a, right_operand(xs[step], gl.DotOperandLayout(1, product, 2)), acc)
@@ -492,19 +487,19 @@ def route_gemm(
 
 @gluon.jit
 def select_experts(
-    logits, router_bias, first, T, E: gl.constexpr, TOP_K: gl.constexpr, PARTS: gl.constexpr
+    logits, router_bias, T, E: gl.constexpr, TOP_K: gl.constexpr, PARTS: gl.constexpr
 ):
-    """The k experts of largest logit, the smaller id first where they tie, of 8 tokens, and the
+    """The k experts of largest logit, the smaller id first where they tie, of each token, and the
     softmax over these logits. logits float32 [PARTS, T, E] -> ids int32 [8, SLOTS], gates
     float32."""
     SLOTS: gl.constexpr = triton.next_power_of_2(TOP_K)
-    COLUMNS: gl.constexpr = triton.next_power_of_2(E)
+    PADDED_E: gl.constexpr = triton.next_power_of_2(E)
     # a warp holds a token
     layout: gl.constexpr = gl.BlockedLayout(
-        [1, max(1, COLUMNS // 32)], [1, 32], [ROUTE_WARPS, 1], [1, 0]
+        [1, max(1, PADDED_E // 32)], [1, 32], [ROUTE_WARPS, 1], [1, 0]
     )
-    token, e = first + iota(0, ROUTE_TOKENS, layout, 2), iota(1, COLUMNS, layout, 2)
-    total = gl.zeros([ROUTE_TOKENS, COLUMNS], gl.float32, layout)
+    token, e = iota(0, COLUMNS, layout, 2), iota(1, PADDED_E, layout, 2)
+    total = gl.zeros([COLUMNS, PADDED_E], gl.float32, layout)
     for part in gl.static_range(PARTS):
         at = logits + (part * T + token) * E + e
         total += gl.load(at, mask=(token < T) & (e < E), other=0.0)
@@ -514,10 +509,10 @@ def select_experts(
     code = total.to(gl.int32, bitcast=True)
     code = gl.where(total != total, 0x7FFFFFFF, code ^ ((code >> 31) & 0x7FFFFFFF))
     code = gl.where(e < E, code, -0x80000000)
-    left = (code.to(gl.int64) << 32) | (COLUMNS - 1 - e).to(gl.int64)
+    left = (code.to(gl.int64) << 32) | (PADDED_E - 1 - e).to(gl.int64)
     slot = iota(1, SLOTS, layout, 2)
-    ids = gl.full([ROUTE_TOKENS, SLOTS], 0, gl.int32, layout)
-    gates = gl.full([ROUTE_TOKENS, SLOTS], 0.0, gl.float32, layout)
+    ids = gl.full([COLUMNS, SLOTS], 0, gl.int32, layout)
+    gates = gl.full([COLUMNS, SLOTS], 0.0, gl.float32, layout)
     for s in gl.static_range(TOP_K):
         best = gl.max(left, axis=1)[:, None]
         left = gl.where(left == best, -0x8000000000000000, left)
@@ -525,17 +520,15 @@ def select_experts(
         logit = (code ^ ((code >> 31) & 0x7FFFFFFF)).to(gl.float32, bitcast=True)
         if s == 0:
             largest = logit
-        ids = gl.where(slot == s, COLUMNS - 1 - best.to(gl.int32), ids)
+        ids = gl.where(slot == s, PADDED_E - 1 - best.to(gl.int32), ids)
         gates = gl.where(slot == s, gl.exp(logit - largest), gates)
     return ids, gates / gl.sum(gates, axis=1)[:, None]
 
 
 @gluon.jit
-def list_tiles(
-    expert, experts, sizes, rows, count, E: gl.constexpr, TOP_K: gl.constexpr, BM: gl.constexpr
-):
+def list_tiles(expert, experts, sizes, rows, count, E: gl.constexpr, TOP_K: gl.constexpr):
     """expert int32 [ROWS], of each token's SLOTS, E where there is none -> tiles, in the order of
-    experts and tokens: experts and sizes [tiles], rows [tiles, BM], pairs; count. Every position is
+    experts and tokens: experts and sizes [tiles], rows [tiles, 8], pairs; count. Every position is
     a count of smaller ones, so that nothing depends on who comes first."""
     ROWS: gl.constexpr = expert.shape[0]
     SLOTS: gl.constexpr = triton.next_power_of_2(TOP_K)
@@ -544,67 +537,53 @@ def list_tiles(
     )
     along: gl.constexpr = only(1, square, 2)
     down: gl.constexpr = only(0, square, 2)
-    # a key of each row in the order of experts, then rows; those of an expert are from `begin` on
-    i = gl.arange(0, ROWS, down)
-    expert, other = gl.convert_layout(expert, down), gl.convert_layout(expert, along)
-    begin = expert * ROWS
-    key, other = begin + i, (other * ROWS + gl.arange(0, ROWS, along))[None, :]
-    same = (other >= begin[:, None]) & (other < begin[:, None] + ROWS)
-    total = gl.sum(same.to(gl.int32), axis=1)
-    rank = gl.sum((same & (other < key[:, None])).to(gl.int32), axis=1)
-    opens = (expert < E) & (rank % BM == 0)
-    opener = gl.convert_layout(gl.where(opens, key, 0x7FFFFFFF), along)[None, :]
-    tile = gl.sum((opener <= key[:, None]).to(gl.int32), axis=1) - 1
+    i, other = gl.arange(0, ROWS, down), gl.arange(0, ROWS, along)[None, :]
+    expert, theirs = gl.convert_layout(expert, down), gl.convert_layout(expert, along)[None, :]
+    same = theirs == expert[:, None]
+    size = gl.sum(same.to(gl.int32), axis=1)
+    rank = gl.sum((same & (other < i[:, None])).to(gl.int32), axis=1)
+    opens = (expert < E) & (rank == 0)
+    opener = gl.convert_layout(gl.where(opens, expert, E), along)[None, :]
+    tile = gl.sum((opener < expert[:, None]).to(gl.int32), axis=1)
     pair = i // SLOTS * TOP_K + i % SLOTS
-    gl.store(rows + tile * BM + rank % BM, pair, mask=expert < E)
+    gl.store(rows + tile * COLUMNS + rank, pair, mask=expert < E)
     gl.store(experts + tile, expert, mask=opens)
-    gl.store(sizes + tile, gl.minimum(total - rank, BM), mask=opens)
+    gl.store(sizes + tile, size, mask=opens)
     gl.store(count, gl.sum(opens.to(gl.int32), axis=0))
 
 
 @gluon.jit(do_not_specialize=["T"])
 def route_kernel(
-    x, router_weight, router_bias, seen, logits, chosen, gates, experts, sizes, rows, count,
-    arrived, T, H: gl.constexpr, E: gl.constexpr, TOP_K: gl.constexpr, TOKENS: gl.constexpr,
-    BM: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
+    x, router_weight, router_bias, seen, logits, gates, experts, sizes, rows, count, arrived, T,
+    H: gl.constexpr, E: gl.constexpr, TOP_K: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Program (p, z, b): the logits of 16 experts for tokens 8 b .. over part z of H; the last p
-    puts them into the order of `dispatch` instead. The last program of 8 tokens to store its logits
-    selects their experts, the last of these lists the tiles. T is at most TOKENS."""
+    """Program (p, z): the logits of 16 experts over part z of H; the last p puts x into the order
+    of `dispatch` instead. The last program to store its logits selects the experts and lists the
+    tiles."""
     PART: gl.constexpr = ((H + 63) // 64 + PARTS - 1) // PARTS  # blocks
     SLOTS: gl.constexpr = triton.next_power_of_2(TOP_K)
-    p, z, b = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-    first = b * ROUTE_TOKENS
+    p, z = gl.program_id(0), gl.program_id(1)
     if PDL:
         order(START_NEXT)
     if p == (E + 15) // 16:
         if PDL:
             order(AWAIT_PREVIOUS)
-        reorder(x, seen, first, T, z, H, PART)
+        reorder(x, seen, T, z, H, PART)
         return
-    acc = route_gemm(x, router_weight, first, T, p * 16, z, H, E, PART, PDL)
+    acc = route_gemm(x, router_weight, T, p * 16, z, H, E, PART, PDL)
     summed: gl.constexpr = acc.type.layout
-    e, token = p * 16 + iota(0, 16, summed, 2), first + iota(1, 8, summed, 2)
+    e, token = p * 16 + iota(0, 16, summed, 2), iota(1, COLUMNS, summed, 2)
     gl.store(logits + (z * T + token) * E + e, acc, mask=(token < T) & (e < E))
-    if arrive(arrived + b) < (E + 15) // 16 * PARTS - 1:
+    if arrive(arrived) < (E + 15) // 16 * PARTS - 1:
         return
-    gl.store(arrived + b, 0)
-    ids, gate = select_experts(logits, router_bias, first, T, E, TOP_K, PARTS)
+    gl.store(arrived, 0)
+    ids, gate = select_experts(logits, router_bias, T, E, TOP_K, PARTS)
     layout: gl.constexpr = ids.type.layout
-    token, slot = first + iota(0, 8, layout, 2), iota(1, SLOTS, layout, 2)
+    token, slot = iota(0, COLUMNS, layout, 2), iota(1, SLOTS, layout, 2)
     live = (token < T) & (slot < TOP_K)
-    gl.store(chosen + token * TOP_K + slot, ids, mask=live)
     gl.store(gates + token * TOP_K + slot, gate, mask=live)
-    if TOKENS == ROUTE_TOKENS:
-        expert = gl.where(live, ids, E).reshape(TOKENS * SLOTS)
-    else:
-        if arrive(arrived + COUNTERS - 1) < gl.num_programs(2) - 1:
-            return
-        gl.store(arrived + COUNTERS - 1, 0)
-        i = gl.arange(0, TOKENS * SLOTS, gl.BlockedLayout([1], [32], [ROUTE_WARPS], [0]))
-        live = (i // SLOTS < T) & (i % SLOTS < TOP_K)
-        expert = gl.load(chosen + i // SLOTS * TOP_K + i % SLOTS, mask=live, other=E)
-    list_tiles(expert, experts, sizes, rows, count, E, TOP_K, BM)
+    expert = gl.where(live, ids, E).reshape(COLUMNS * SLOTS)
+    list_tiles(expert, experts, sizes, rows, count, E, TOP_K)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -613,15 +592,15 @@ def route_kernel(
 
 @gluon.jit(do_not_specialize=["T"])
 def linear_kernel(
-    x, weight, bias, out, T, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
-    HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    x, weight, bias, out, T, N: gl.constexpr, K: gl.constexpr, HAS_BIAS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
-    """Program n: 16 rows of the weights times BM tokens. The warps split K, and all weights are on
+    """Program n: 16 rows of the weights times the tokens. The warps split K, and all weights are on
     their way while the kernel before makes x. x, weight: words of two bfloat16."""
     WARPS: gl.constexpr = LINEAR_WARPS
     product: gl.constexpr = product_layout(WARPS, 1)
     left: gl.constexpr = left_layout(WARPS)
-    right: gl.constexpr = right_layout(WARPS, 1, BM)
+    right: gl.constexpr = right_layout(WARPS, 1)
     BLOCKS: gl.constexpr = K // 64
     if PDL:
         order(START_NEXT)
@@ -633,25 +612,25 @@ def linear_kernel(
         ws = ws + (gl.load(weight + block * 32, mask=(r < N) & (block < BLOCKS), other=0),)
     if PDL:
         order(AWAIT_PREVIOUS)
-    token = iota(0, BM, right, 4)
+    token = iota(0, COLUMNS, right, 4)
     x = x + (token * (K // 2) + iota(2, 4, right, 4) * 8 + iota(3, 8, right, 4))
     for start in gl.static_range(0, BLOCKS, WARPS):
         block = start + iota(1, WARPS, right, 4)
         xs = xs + (gl.load(x + block * 32, mask=(token < T) & (block < BLOCKS), other=0),)
-    acc = gl.full([WARPS, 16, BM], 0, gl.float32, product)
+    acc = gl.full([WARPS, 16, COLUMNS], 0, gl.float32, product)
     for step in gl.static_range(len(ws)):
         a = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
         acc = mma_v2(a, right_operand(xs[step], gl.DotOperandLayout(1, product, 2)), acc)
     y = gl.sum(acc, axis=0)
     summed: gl.constexpr = y.type.layout
-    r, token = gl.program_id(0) * 16 + iota(0, 16, summed, 2), iota(1, BM, summed, 2)
+    r, token = gl.program_id(0) * 16 + iota(0, 16, summed, 2), iota(1, COLUMNS, summed, 2)
     if HAS_BIAS:
         y += gl.load(bias + r, mask=r < N, other=0.0).to(gl.float32)
     gl.store(out + token * N + r, y.to(gl.bfloat16), mask=(token < T) & (r < N))
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` takes these: bfloat16, 2 to 16 tokens, whole blocks of K."""
+    """Whether `linear` takes these: bfloat16, 2 to 8 tokens, whole blocks of K."""
     few = 1 < len(x) <= MAX_TOKENS and weight.shape[1] % 64 == 0
     return few and x.dtype == weight.dtype == torch.bfloat16
 
@@ -663,7 +642,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     out = x.new_empty(T, N)
     linear_kernel[(triton.cdiv(N, 16),)](
         x.contiguous().view(torch.int32), weight.view(torch.int32), bias, out, T, N, K,
-        8 if T <= 8 else 16, bias is not None, pdl, num_warps=LINEAR_WARPS.value, launch_pdl=pdl,
+        bias is not None, pdl, num_warps=LINEAR_WARPS.value, launch_pdl=pdl,
     )  # fmt: skip
     return out
 
@@ -694,8 +673,8 @@ def dispatch_kernel(
         order(START_NEXT)
     # all at once: beyond the last tile there is memory, but nothing in it
     tiles, expert, size = gl.load(count), gl.load(experts + tile), gl.load(sizes + tile)
-    column = iota(0, g.BM, right_layout(g.WK, g.WN, g.BM), 4)
-    pair = gl.load(rows + tile * g.BM + column)
+    column = iota(0, COLUMNS, right_layout(g.WK, g.WN), 4)
+    pair = gl.load(rows + tile * COLUMNS + column)
     order(STAY)
     if tile >= tiles:
         return
@@ -703,11 +682,11 @@ def dispatch_kernel(
     b = gl.load(bias + expert * g.N + r)
     live = column < size
     acc = expert_gemm(x, pair // TOP_K, live, data, scale, expert, n, steps, False, g) + b
-    gate, up = gl.split(acc.reshape(NB, 2, 8, g.BM).permute(0, 2, 3, 1))  # [NB, 8, BM]
+    gate, up = gl.split(acc.reshape(NB, 2, 8, COLUMNS).permute(0, 2, 3, 1))  # [NB, 8, 8 pairs]
     y = swiglu(gate, up, limit).to(gl.bfloat16)
     layout: gl.constexpr = y.type.layout
-    column = iota(2, g.BM, layout, 3)
-    pair = gl.load(rows + tile * g.BM + column, mask=column < size, other=0)
+    column = iota(2, COLUMNS, layout, 3)
+    pair = gl.load(rows + tile * COLUMNS + column, mask=column < size, other=0)
     # value i of octet m: half i % 2 of the word 4 m + i // 2
     m, i = n * NB + iota(0, NB, layout, 3), iota(1, 8, layout, 3)
     at = m // 8 * 64 + (i // 2 * 8 + m % 8) * 2 + i % 2
@@ -731,19 +710,19 @@ def combine_kernel(
     tiles = gl.load(count, cache_modifier=".cg")
     expert = gl.load(experts + tile, cache_modifier=".cg")
     size = gl.load(sizes + tile, cache_modifier=".cg")
-    column = iota(0, g.BM, right_layout(g.WK, g.WN, g.BM), 4)
-    row = gl.load(rows + tile * g.BM + column, cache_modifier=".cg")
+    column = iota(0, COLUMNS, right_layout(g.WK, g.WN), 4)
+    row = gl.load(rows + tile * COLUMNS + column, cache_modifier=".cg")
     order(STAY)
     if tile >= tiles:
         return
-    live, r = iota(1, g.BM, summed, 2) < size, n * BN + iota(0, BN, summed, 2)
-    pair = rows + tile * g.BM + iota(1, g.BM, summed, 2)
+    live, r = iota(1, COLUMNS, summed, 2) < size, n * BN + iota(0, BN, summed, 2)
+    pair = rows + tile * COLUMNS + iota(1, COLUMNS, summed, 2)
     pair = gl.load(pair, mask=live, other=0, cache_modifier=".cg")
     gate, b = gl.load(gates + pair, cache_modifier=".cg"), gl.load(bias + expert * g.N + r)
     acc = expert_gemm(h, row, column < size, data, scale, expert, n, steps, PDL, g) + b
     gl.store(y + pair * g.N + r, acc * gate, mask=live)
-    if arrive(arrived + COUNTERS + n) == tiles - 1:
-        gl.store(arrived + COUNTERS + n, 0)
+    if arrive(arrived + 1 + n) == tiles - 1:
+        gl.store(arrived + 1 + n, 0)
         sum_pairs(y, out, T, n, TOP_K, g)
 
 
@@ -771,14 +750,9 @@ ROUTE_PARTS = 3  # of the router's K
 
 
 def cuts_for(T: int, *sizes: int) -> tuple[Cut, Cut]:
-    """The cuts of dispatch and of combine, of equal BM, for T tokens and these N: of the 120b the
-    fastest on an H100 (docs/performance.md). An expert has at most one pair of each token."""
-    if T == 1:
-        cuts = Cut(8, 1, 4, 2, 3, 1), Cut(8, 1, 1, 4, 4, 2)
-    elif T <= 8:
-        cuts = Cut(8, 2, 1, 2, 3, 1), Cut(8, 1, 1, 4, 4, 2)
-    else:
-        cuts = Cut(16, 4, 1, 2, 2, 1), Cut(16, 4, 1, 2, 2, 1)
+    """The cuts of dispatch and of combine for T tokens and these N: of the 120b's step the fastest
+    on an H100 (docs/performance.md). Their WK does not depend on T."""
+    cuts = Cut(1, 4, 2, 3, 1) if T == 1 else Cut(2, 1, 2, 3, 1), Cut(1, 1, 4, 4, 2)
     # rows that these would not divide: 16 a program
     return tuple(
         replace(cut, NB=1, WN=1) if N % (16 * cut.NB * cut.WN) else cut
@@ -816,8 +790,7 @@ def moe(
         Gemm(*astuple(cut), w.N, w.K, w.wide)
         for cut, w in zip(cuts_for(T, up.N, down.N), (up, down), strict=True)
     )
-    BM, pdl = first.BM, is_supported(90)
-    tiles = min(R, E) if T <= BM else min(R, E + R // BM)  # at most
+    tiles, pdl = min(R, E), is_supported(90)  # at most so many
 
     def new(*shape, dtype=torch.int32):
         return x.new_empty(shape, dtype=dtype)
@@ -829,14 +802,18 @@ def moe(
 
     # activations of the expert GEMMs, in words of two bfloat16 and whole blocks
     seen, h = new(T, triton.cdiv(H, 64) * 32), new(R, triton.cdiv(down.K, 64) * 32)
-    listed = new(tiles), new(tiles), new(tiles, BM), new(1)  # experts, sizes, rows, count
-    chosen, gates = new(R), new(R, dtype=torch.float32)
+    listed = (
+        new(tiles),
+        new(tiles),
+        new(tiles, COLUMNS.value),
+        new(1),
+    )  # experts, sizes, rows, count
+    gates = new(R, dtype=torch.float32)
     logits, y = (new(*s, dtype=torch.float32) for s in ((ROUTE_PARTS, T, E), (R, H)))
-    tokens = max(triton.next_power_of_2(T), ROUTE_TOKENS.value)
-    route_kernel[(triton.cdiv(E, 16) + 1, ROUTE_PARTS, triton.cdiv(T, ROUTE_TOKENS.value))](
+    route_kernel[(triton.cdiv(E, 16) + 1, ROUTE_PARTS)](
         x.view(torch.int32), router_weight.contiguous().view(torch.int32), router_bias, seen,
-        logits, chosen, gates, *listed, packed.arrived, T, H, E, top_k, tokens, BM, ROUTE_PARTS,
-        pdl, num_warps=ROUTE_WARPS.value, launch_pdl=pdl,
+        logits, gates, *listed, packed.arrived, T, H, E, top_k, ROUTE_PARTS, pdl,
+        num_warps=ROUTE_WARPS.value, launch_pdl=pdl,
     )  # fmt: skip
     launch(
         dispatch_kernel, first, seen, up.data, up.scale, up.bias, *listed, h.view(torch.bfloat16),

@@ -4,7 +4,6 @@ for an H100, executed by ptx.py, and where there is an NVIDIA GPU the kernels on
 import contextlib
 import math
 from dataclasses import replace
-from unittest import mock
 
 import compile_ops
 import ptx
@@ -121,7 +120,7 @@ def dequantise_kernel(words, scales, out, g: gl.constexpr):
 def test_dequantised_is_exact(device, wide):
     """Every code under every scale that the variant takes; 32 scales a block."""
     generator = torch.Generator().manual_seed(0)
-    g = moe_nvidia.Gemm(8, 1, 1, 1, 1, 0, 16, 64, wide)
+    g = moe_nvidia.Gemm(1, 1, 1, 1, 0, 16, 64, wide)
     for first in range(0, 256 if wide else 129, 32):
         codes = torch.randint(0, 256, (1, 16, 32), dtype=torch.uint8, generator=generator)
         codes[0, :, :8] = codes[0, :, 16:24] = (
@@ -152,8 +151,8 @@ def test_dequantised_is_exact(device, wide):
     [  # inner and hidden sizes of whole blocks of 64 and not
         (1, 5, 96, 160, 2),
         (8, 5, 96, 160, 3),
-        (9, 6, 128, 96, 4),
-        (16, 40, 64, 64, 4),
+        (6, 6, 128, 96, 4),
+        (7, 40, 64, 64, 4),
         (3, 3, 32, 32, 1),
     ],
 )
@@ -162,7 +161,7 @@ def test_moe(device, T, E, H, inner, top_k):
     check(device, make_inputs(T, E, H), make_experts(E, H, inner), top_k)
 
 
-@pytest.mark.parametrize("T", [1, 2, 8, 9, 16])
+@pytest.mark.parametrize("T", [1, 2, 5, 8])
 @pytest.mark.parametrize("E", [32, 128])
 @pytest.mark.parametrize("device", [CUDA])
 def test_moe_at_full_size(device, T, E):
@@ -175,20 +174,10 @@ def test_moe_at_full_depth():
     check("sm_90", make_inputs(1, 4, 64), make_experts(4, 64, 2880), 4)
 
 
-@pytest.mark.parametrize("T", [8, 16])
 @devices
-def test_one_expert_takes_all_and_others_none(device, T):
-    inputs = choosing(T, 6, 96, lambda token: [4, 1])
+def test_one_expert_takes_all_and_others_none(device):
+    inputs = choosing(8, 6, 96, lambda token: [4, 1])
     check(device, inputs, make_experts(6, 96, 64), 2)
-
-
-@devices
-def test_more_pairs_than_columns(device):
-    """Tiles of 8 pairs, of which an expert of 16 has two."""
-    inputs, experts = choosing(16, 6, 96, lambda token: [4, token % 3]), make_experts(6, 96, 64)
-    cuts = tuple(replace(cut, BM=8, NB=1, WN=1) for cut in moe_nvidia.cuts_for(16, 128, 96))
-    with mock.patch.object(moe_nvidia, "cuts_for", lambda *_: cuts):
-        check(device, inputs, experts, 2)
 
 
 @devices
@@ -234,19 +223,19 @@ def test_swiglu_limit(device):
 def test_same_bits_in_every_run(device):
     """The programs of a launch are executed in another order under every seed; each reads what
     another GPU kernel might have left in memory."""
-    inputs, experts = make_inputs(9, 6, 96), make_experts(6, 96, 64)
+    inputs, experts = make_inputs(8, 6, 96), make_experts(6, 96, 64)
     first, _ = run(device, inputs, experts, 3)
     for seed in range(1, 4 if device == "cuda" else 3):
         assert torch.equal(run(device, inputs, experts, 3, seed=seed)[0], first)
 
 
-@pytest.mark.parametrize("T, more", [(1, 8), (2, 8), (9, 16)])
+@pytest.mark.parametrize("T", [1, 2])
 @devices
-def test_a_token_does_not_depend_on_its_batch(device, T, more):
-    """While as many warps split K: the order of every sum is then the same."""
-    few, many = (moe_nvidia.cuts_for(n, 128, 96) for n in (T, more))
+def test_a_token_does_not_depend_on_its_batch(device, T):
+    """As many warps split K whatever the tokens are: the order of every sum is the same."""
+    few, many = (moe_nvidia.cuts_for(n, 128, 96) for n in (T, 8))
     assert [cut.WK for cut in few] == [cut.WK for cut in many]
-    (x, *router), experts = make_inputs(more, 6, 96), make_experts(6, 96, 64)
+    (x, *router), experts = make_inputs(8, 6, 96), make_experts(6, 96, 64)
     few, _ = run(device, (x[:T], *router), experts, 3)
     many, _ = run(device, (x, *router), experts, 3)
     assert torch.equal(few, many[:T])
@@ -279,7 +268,7 @@ def test_what_is_read_before_the_kernel_before_is_done():
 # -- dense layers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("T, N, K, biased", [(2, 40, 64, True), (9, 16, 576, False)])
+@pytest.mark.parametrize("T, N, K, biased", [(2, 40, 64, True), (8, 16, 576, False)])
 @devices
 def test_linear(device, T, N, K, biased):
     x, weight, bias = make_inputs(T, N, K)
@@ -301,7 +290,7 @@ def test_linear_leaves_the_rest_to_others():
     x, weight, _ = make_inputs(2, 16, 64)
     assert not moe_nvidia.multiplies(x[:1], weight) and not moe_nvidia.multiplies(x.float(), weight)
     assert not moe_nvidia.multiplies(x[:, :32], weight[:, :32])
-    assert not moe_nvidia.multiplies(x[:1].expand(17, -1), weight)
+    assert not moe_nvidia.multiplies(x[:1].expand(9, -1), weight)
 
 
 # -- the compiler ---------------------------------------------------------------------------------
@@ -316,11 +305,8 @@ def slow(*values):
     [
         ("sm_90", "120b", 1),
         ("sm_90", "120b", 8),
-        slow("sm_90", "120b", 16),
         slow("sm_80", "120b", 1),
         slow("sm_80", "120b", 8),
-        slow("sm_80", "120b", 16),
-        slow("sm_90", "20b", 16),
         slow("sm_120", "20b", 8),
     ],
 )
@@ -338,10 +324,10 @@ def test_compiled_for_gpus_that_are_not_here(gpu, model, T):
     ):
         assert kernel.spills == 0
         assert not {"LDS", "STS", "LDSM", "BAR", "SHFL", "LDL", "STL"} & set(kernel.loop)
-        products = cut.AHEAD * cut.NB * 4 * (cut.BM // 8)
+        products = cut.AHEAD * cut.NB * 4
         assert kernel.loop["HMMA"] == products
         # 16-byte loads of weights and inputs, and one of 4 bytes for the scales of each block
-        assert kernel.loop["LDG"] == cut.AHEAD * (2 * cut.NB + 2 * (cut.BM // 8))
+        assert kernel.loop["LDG"] == cut.AHEAD * (2 * cut.NB + 2)
         assert kernel.loop.total() < 3.5 * cut.AHEAD * cut.NB * 32
         loop = kernel.text[kernel.text.index("mma.sync") : kernel.text.rindex("mma.sync")]
         assert "ld.global.v4.b32" in loop and "ld.global.v2" not in loop

@@ -10,10 +10,10 @@ floor: the bytes that a call cannot avoid over the bandwidth of a copy, measured
 over --flops, whichever is more. error: relative L2 against the equations in float32 on the same
 device. A line of JSON is written as soon as it is measured; the table follows at the end. A variant
 BN,BM,BK,warps,stages[,split] replaces the choice of `ops_triton.tiles_for`. Of moe_nvidia, which is
-timed beside it where it runs, --nvidia replaces `cuts_for`: BM:dispatch's NB,WN,WK,AHEAD,X_AHEAD
-[:combine's], BM 0 for the one it would choose.
+timed beside it where it runs, --nvidia replaces `cuts_for`: dispatch's NB,WN,WK,AHEAD,X_AHEAD
+[:combine's].
 
-    python tools/bench_ops.py --only moe --tokens 1 8 --nvidia 0:1,1,4,6,1 0:1,1,4,4,1:1,1,8,3,1
+    python tools/bench_ops.py --only moe --tokens 1 8 --nvidia 1,1,4,6,1 1,1,4,4,1:1,1,8,3,1
 
 Without a GPU --model tiny runs everything once in the emulator, which times nothing."""
 
@@ -262,10 +262,7 @@ def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str, nv
             continue
         calls = calls_of(moe_nvidia)  # which reads ops_triton's packed experts
         for variant in [None, *nvidia]:
-            cuts = moe_nvidia.cuts_for(T, 2 * c.intermediate_size, H)
-            if variant:
-                BM = variant[0].BM or cuts[0].BM
-                cuts = tuple(replace(cut, BM=BM) for cut in variant)
+            cuts = variant or moe_nvidia.cuts_for(T, 2 * c.intermediate_size, H)
             with mock.patch.object(moe_nvidia, "cuts_for", lambda *_, cuts=cuts: cuts):
                 cut = ":".join(",".join(map(str, astuple(cut))) for cut in cuts)
                 bench.row(
@@ -323,8 +320,7 @@ def tile(text: str) -> ops_triton.Tile:
 
 
 def nvidia_cuts(text: str) -> tuple[moe_nvidia.Cut, moe_nvidia.Cut]:
-    BM, *cuts = text.split(":")
-    cuts = [moe_nvidia.Cut(int(BM), *map(int, cut.split(","))) for cut in cuts]
+    cuts = [moe_nvidia.Cut(*map(int, cut.split(","))) for cut in text.split(":")]
     return cuts[0], cuts[-1]
 
 
