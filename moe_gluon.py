@@ -38,10 +38,9 @@ Letters:
     tile       up to BM consecutive places of one expert: (expert, first place, number of places)
 """
 
-import hashlib
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -66,7 +65,6 @@ STEP = gl.constexpr(128)
 GROUP = gl.constexpr(32)  # values of K that share an E8M0 scale
 # weight columns dealt among four MFMA tiles, whose scales are a dword a lane
 BLOCK = gl.constexpr(64)
-SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 LOG2_E = gl.constexpr(1.4426950408889634)
 INFINITY = gl.constexpr(0x7F800000)  # float32's bits; larger ones are NaN
 ALL = gl.constexpr(PropagateNan.ALL)
@@ -253,132 +251,289 @@ def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
 
 
 # --------------------------------------------------------------------------------------------------
-# The compile-time shape of a GEMM, and its layouts. Every operand has a leading axis of waves: wave
-# w holds element w of it, so that waves work on different K while the program reads as one.
+# Tiles: all that is known of a GEMM when it is compiled
+#
+# Every size, stride and layout is a plain field, worked out once by the functions below, which are
+# the only ones that choose tile sizes. Fields are what Triton's key of a compiled kernel sees.
+# Figures are for 120b (H = I = 2880, 4 of 128 experts), mxfp8, triton 3.7.1.
 
 
 @dataclass(frozen=True)
-class Shape:
-    """x [*, K] @ w [N, K].T, in which formats. Sizes and layouts are properties of a Gluon
-    constexpr."""
+class Gemm:
+    """x [*, K] @ w [N, K].T. Strides count stored elements: bf16, bytes, or bytes of two e2m1."""
 
     K: int
     N: int
     X: str  # element of the activations
     MX: bool  # whether they have E8M0 scales
+    STATIC: bool  # whether they have one float32 scale
     W: str  # element of the weights: "bf16" | "e2m1"
+    padded: int  # columns of the packed weights: N, up to whole blocks of 64
+    lane: int  # elements in 16 bytes: what a lane reads at once
+    x_values: int  # values of x in a stored element
+    w_values: int  # values of w in a stored element
+    x_row: int  # stride of a row of x
+    x_scale_row: int  # of a row of its scales
+    w_chunk: int  # of the next 16 bytes of a column's K: 16 columns lie between
+    w_strip: int  # of the next 16 columns
+    w_expert: int
+    scale_block: int  # of the next 64 columns
+    scale_expert: int
 
-    @property
-    # Triton's key of a compiled kernel: without it, blind to the code of the properties below
-    def cache_key(self):
-        return f"{self} {SOURCE}"
 
-    @property
-    def STATIC(self):  # whether the activations have one float32 scale
-        return self.X in ("e4m3", "e5m2") and not self.MX
-
-    @property
-    def padded(self):  # columns of the packed weights
-        return -(-self.N // BLOCK.value) * BLOCK.value
-
-    @property
-    def scale_row(self):  # bytes of a row of activation scales
-        return scale_bytes(self.K)
-
-    @property
-    def x_values(self):  # a stored element of x holds
-        return 2 if self.X == "e2m1" else 1
-
-    @property
-    def w_values(self):
-        return 2 if self.W == "e2m1" else 1
-
-    @property
-    def w_lane(self):  # elements of w in the 16 bytes that a lane reads at once
-        return 16 if self.W == "e2m1" else 8
+def gemm_fields(K: int, N: int, f: Format) -> dict:
+    """The fields of Gemm."""
+    bf16 = f.element == "bf16"
+    lane, padded, groups = 8 if bf16 else 16, -(-N // BLOCK.value) * BLOCK.value, K // GROUP.value
+    x_values, w_values = 2 if f.element == "e2m1" else 1, 1 if bf16 else 2
+    return dict(
+        K=K,
+        N=N,
+        X=f.element,
+        MX=f.scale == "mx",
+        STATIC=f.scale == "static",
+        W="bf16" if bf16 else "e2m1",
+        padded=padded,
+        lane=lane,
+        x_values=x_values,
+        w_values=w_values,
+        x_row=K // x_values,
+        x_scale_row=scale_bytes(K),
+        w_chunk=MFMA.value * lane,
+        w_strip=MFMA.value * K // w_values,
+        w_expert=padded * K // w_values,
+        scale_block=BLOCK.value * groups,
+        scale_expert=padded * groups,
+    )
 
 
 @dataclass(frozen=True)
-class Gemm(Shape):
-    """Decode. A workgroup computes BM rows by BN columns, of which COLUMNS exist. In a step of K,
-    wave w takes K = 128 * (step * WAVES + w) .. + 127; AHEAD steps are requested before the first
-    is multiplied (by `combine`: all steps of AHEAD experts)."""
+class DecodeTile(Gemm):
+    """A workgroup computes BM rows by BN columns, of which COLUMNS exist. Its waves split K: in a
+    step, wave w takes K = 128 * (step * WAVES + w) .. + 127.
+
+        K      0 ..... 127   128 ... 255   256 ... 383   384 ... 511   512 ... 639   640 ...
+        wave   0, step 0     1, step 0     2, step 0     3, step 0     0, step 1     1, step 1
+
+    Every operand has a leading axis of waves, of which wave w holds element w: so waves work on
+    different K while the program reads as one. AHEAD steps are requested before the first is
+    multiplied (by combine: all steps of AHEAD experts)."""
 
     BM: int
     BN: int
     COLUMNS: int
     WAVES: int
     AHEAD: int
+    STEPS: int
+    acc_registers: int  # of a lane
+    # [WAVES, BM, BN]: lane L holds row L % 16, columns 4 * (L // 16) .. + 3 of each 16 x 16
+    acc: gl.amd.AMDMFMALayout
+    # x [WAVES, BM, 128 K]: lane L holds row L % 16 and the 16 bytes L // 16 of every 64
+    x: gl.DotOperandLayout
+    # w [WAVES, 128 K, BN]: lane L holds column L % 16 and the 16 bytes L // 16 of every 64
+    w: gl.DotOperandLayout
+    # [WAVES, BM, 4] and [WAVES, BN, 4]: lane L holds row L % 16 of every 16, K group L // 16
+    x_scale: gl.DistributedLinearLayout
+    w_scale: gl.DistributedLinearLayout
+    # w_scale as it lies in memory, [WAVES, 4 groups, 16, BN/16]: a lane's are consecutive bytes
+    w_scale_memory: gl.DistributedLinearLayout
+    # acc, read back from LDS: a lane holds all waves' values of BN/16 columns
+    partial: gl.BlockedLayout
+    # its sum [BM, BN]: lane L of wave w holds row 4 * w + L // 16, BN/16 columns from BN/16 *
+    # (L % 16)
+    out: gl.SliceLayout
 
-    @property
-    def steps(self):
-        return -(-self.K // (STEP.value * self.WAVES))
 
-    @property
-    def acc(self):
-        """[WAVES, BM, BN]: lane L holds row L % 16, columns 4 * (L // 16) .. + 3 of each 16 x 16
-        tile."""
-        return gl.amd.AMDMFMALayout(
-            4, [16, 16, 32 if self.W == "bf16" else 128], True, [self.WAVES, 1, 1]
-        )
+def decode_tile(
+    K: int, N: int, f: Format, BM: int, BN: int, COLUMNS: int, WAVES: int, AHEAD: int
+) -> DecodeTile:
+    fields = gemm_fields(K, N, f)
+    waves, tiles = WAVES.bit_length() - 1, BN // MFMA.value
+    acc = gl.amd.AMDMFMALayout(
+        4, [16, 16, 32 if fields["W"] == "bf16" else 128], True, [WAVES, 1, 1]
+    )
 
-    @property
-    def a(self):
-        """x [WAVES, BM, 128 K]: lane L holds row L % 16 and the 16 bytes L // 16 of every 64."""
-        return gl.DotOperandLayout(0, self.acc, 8 if self.X == "bf16" else 16)
+    def linear(shape, registers, lanes):  # waves along the first axis
+        wave = [[1 << i] + [0] * (len(shape) - 1) for i in range(waves)]
+        return gl.DistributedLinearLayout(registers, lanes, wave, [], shape)
 
-    @property
-    def b(self):
-        """w [WAVES, 128 K, BN]: lane L holds column L % 16 and the 16 bytes L // 16 of every 64."""
-        return gl.DotOperandLayout(1, self.acc, 8 if self.W == "bf16" else 16)
-
-    def scales(self, rows):
-        """Scales [WAVES, rows, 4] of one step: lane L holds row L % 16 of every 16, K group L //
-        16."""
+    def scales(rows):
         registers = [[0, 16 << i, 0] for i in range((rows // 16).bit_length() - 1)]
         lanes = [[0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 8, 0], [0, 0, 1], [0, 0, 2]]
-        return gl.DistributedLinearLayout(
-            registers, lanes, self.waves(3), [], [self.WAVES, rows, 4]
+        return linear([WAVES, rows, 4], registers, lanes)
+
+    partial = gl.BlockedLayout([WAVES, 1, tiles], [1, 4, 16], [1, WAVES, 1], [2, 1, 0])
+    return DecodeTile(
+        **fields,
+        BM=BM,
+        BN=BN,
+        COLUMNS=COLUMNS,
+        WAVES=WAVES,
+        AHEAD=AHEAD,
+        STEPS=-(-K // (STEP.value * WAVES)),
+        acc_registers=BM * BN // 64,
+        acc=acc,
+        x=gl.DotOperandLayout(0, acc, fields["lane"]),
+        w=gl.DotOperandLayout(1, acc, fields["lane"]),
+        x_scale=scales(BM),
+        w_scale=scales(BN),
+        w_scale_memory=linear(
+            [WAVES, 4, 16, tiles],
+            [[0, 0, 0, 1 << i] for i in range(tiles.bit_length() - 1)],
+            [[0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0], [0, 0, 8, 0], [0, 1, 0, 0], [0, 2, 0, 0]],
+        ),
+        partial=partial,
+        out=gl.SliceLayout(0, partial),
+    )
+
+
+@cache
+def route_tile(H: int, E: int, decode: bool) -> DecodeTile:
+    """In decode 4 experts a workgroup: 32 CUs read the router, 23 KB each. Above, reading it once a
+    tile counts."""
+    rows, columns = (16, 4) if decode else (32, 16)
+    return decode_tile(H, E, FORMATS["bf16"], rows, 16, columns, WAVES=8, AHEAD=0)
+
+
+@cache
+def dispatch_tile(K: int, N: int, f: Format) -> DecodeTile:
+    """64 columns are one scale group of h, and 360 workgroups at one token. All 6 steps of a wave
+    are in flight, 28 KB: 186 registers, 2 workgroups a CU. bf16 has 4 times the bytes a column:
+    half the columns and steps for the same flight."""
+    columns, ahead = (32, 3) if f.element == "bf16" else (64, 6)
+    return decode_tile(K, N, f, DECODE_TOKENS, columns, columns, WAVES=4, AHEAD=ahead)
+
+
+@cache
+def combine_tile(K: int, N: int, f: Format) -> DecodeTile:
+    """8 columns are 360 workgroups, with half of each operand's lanes off; 16 would leave 76 of 256
+    CUs without work. 8 waves x 3 steps are all of K, so an expert takes 42 registers and 4 are in
+    flight: 8 KB a wave, 66 KB a workgroup, 202 registers, 2 workgroups a CU. Raises ValueError for
+    an inner size beyond the registers."""
+    waves, most = 8, 6 if f.element == "bf16" else 12
+    steps = triton.cdiv(K, waves * STEP.value)
+    if steps > most:
+        raise ValueError(
+            f"inner size {K}: combine holds an expert's steps, up to {most * waves * STEP.value}"
         )
+    return decode_tile(K, N, f, DECODE_TOKENS, 16, 8, waves, AHEAD=min(4, most // steps))
 
-    @property
-    def a_scale(self):
-        return self.scales(self.BM)
 
-    @property
-    def b_scale(self):
-        return self.scales(self.BN)
+@dataclass(frozen=True)
+class PrefillTile(Gemm):
+    """A workgroup of 4 waves computes 128 rows by a panel of 256 columns, cut 2 x 2: see "Prefill"
+    below. LDS holds RING steps of K."""
 
-    @property
-    def b_scale_memory(self):
-        """The scales of w as they lie in memory, [WAVES, 4 groups, 16, BN/16]: a lane's tiles are
-        consecutive bytes."""
-        registers = [[0, 0, 0, 1 << i] for i in range((self.BN // 16).bit_length() - 1)]
-        lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0], [0, 0, 8, 0], [0, 1, 0, 0], [0, 2, 0, 0]]
-        return gl.DistributedLinearLayout(
-            registers, lanes, self.waves(4), [], [self.WAVES, 4, 16, self.BN // 16]
-        )
+    panels: int
+    RING: int
+    STEPS: int
+    x_step: int  # stride of a step of x: its stored elements of a row
+    w_step: int  # of a step of a strip: 1,024 bytes
+    chunks: int  # of 16 bytes in a row's step
+    # What is inside K in the last step: chunks of x, scale groups of x, lanes of w
+    chunks_left: int
+    groups_left: int
+    lanes_left: int
+    # [64, 128]: wave (m, n) holds rows 32 m .. + 31, columns 64 n .. + 63; of each 16 x 16 lane L
+    # holds row L % 16, columns 4 * (L // 16) .. + 3
+    acc: gl.amd.AMDMFMALayout
+    # x [64, x_step]: lane L holds row L % 16 and the 16 bytes L // 16 of every 64
+    x: gl.DotOperandLayout
+    # w [64 bytes of K, 128]: lane L holds column L % 16 and the 16 bytes L // 16
+    w: gl.DotOperandLayout
+    # [64, 4]: lane L holds row L % 16, K group L // 16 of its two 16 x 16
+    x_scale: gl.DistributedLinearLayout
+    # [128, 4]: lane L holds column L % 16, K group L // 16 of its four, bytes of one register
+    w_scale: gl.DistributedLinearLayout
+    # On the way to LDS. x [64 rows, chunks, 16 bytes]: lanes hold the chunks of a row, then rows
+    x_copy: gl.BlockedLayout
+    # w [8 strips, 64, 16 bytes]: a wave holds a strip's step, lane L the 16 bytes from 16 L
+    w_copy: gl.BlockedLayout
+    # x_scale [256 rows, 1, 4 bytes]: lane L of wave w holds the step of row 64 w + L. 128 rows
+    # exist, but a wait counts the copies of all waves alike
+    x_scale_copy: gl.BlockedLayout
+    # w_scale [4 blocks, 64, 4 bytes]: a wave holds a block's step, lane L the dword L
+    w_scale_copy: gl.BlockedLayout
+    # In LDS, chunk c of row r of x lies at c ^ s, s the exclusive or of these over the bits of r.
+    # LDS serves a ds_read_b128 in passes of 16 lanes, the first {0-3, 12-15, 20-27}: two
+    # neighbouring chunks of 8 rows each. With rows 32 banks wide, or 16, this is what makes every
+    # pass meet all 64 banks.
+    swizzle: tuple
+    # In LDS: x [64, x_step], swizzled
+    x_shared: gl.SharedLinearLayout
+    # w [64 bytes of K, 128], as packed: the 64 lanes of a ds_read_b128 read 1,024 bytes in a row
+    w_shared: gl.SharedLinearLayout
+    # w_scale [128, 4], as packed: a lane's four are one dword
+    w_scale_shared: gl.SharedLinearLayout
 
-    def waves(self, rank):
-        return [[1 << i] + [0] * (rank - 1) for i in range(self.WAVES.bit_length() - 1)]
 
-    @property
-    def partial(self):
-        """acc, read back from LDS for the sum over waves: a lane holds all waves' values of BN/16
-        columns."""
-        return gl.BlockedLayout(
-            [self.WAVES, 1, self.BN // 16], [1, 4, 16], [1, self.WAVES, 1], [2, 1, 0]
-        )
+@cache
+def prefill_tile(K: int, N: int, f: Format) -> PrefillTile:
+    """RING: as many steps as let two workgroups share the 160 KB of LDS of a compute unit, at 34 KB
+    a step with 8-bit activations, 26 KB with fp4, 24 KB with bf16. A copy is in flight for 4 RING -
+    3 regions: 5 of 256 matrix cycles with 8-bit activations, else 9 of 128, and twice that while
+    two workgroups take turns."""
+    fields = gemm_fields(K, N, f)
+    lane, step = fields["lane"], 32 if f.element == "bf16" else 128  # K of a matrix instruction
+    x_step = step // fields["x_values"]
+    chunks = x_step // lane
+    swizzle = (0, 1, 2, 4, 0, 0) if chunks == 8 else (0, 0, 2, 3, 0, 0)
+    acc = gl.amd.AMDMFMALayout(4, [16, 16, step], True, [2, 2], tiles_per_warp=[2, 4])
+    x, w = gl.DotOperandLayout(0, acc, lane), gl.DotOperandLayout(1, acc, lane)
 
-    @property
-    def out(self):
-        """[BM, BN], summed: lane L of wave w holds row 4 * w + L // 16, BN/16 columns from BN/16 *
-        (L % 16)."""
-        return gl.SliceLayout(0, self.partial)
+    def copy(of_lane, lanes):
+        return gl.BlockedLayout([1, 1, of_lane], lanes, [4, 1, 1], [2, 1, 0])
 
-    @property
-    def accumulators(self):  # of a lane
-        return self.BM * self.BN // 64
+    def bits(size):  # 1, 2, 4 ..
+        return [1 << i for i in range(size.bit_length() - 1)]
+
+    w_bytes = [[i, 0] for i in bits(4 * lane)]  # bits of K in 64 bytes of a column
+    return PrefillTile(
+        **fields,
+        panels=-(-N // PREFILL_COLUMNS.value),
+        RING=2 if f.element in ("e4m3", "e5m2") else 3,
+        STEPS=-(-K // step),
+        x_step=x_step,
+        w_step=64 * lane,
+        chunks=chunks,
+        chunks_left=K // fields["x_values"] % x_step // lane or chunks,
+        groups_left=K % step // GROUP.value or 4,
+        lanes_left=K % step * 64 // step or 64,
+        acc=acc,
+        x=x,
+        w=w,
+        x_scale=cdna4.get_mfma_scale_layout(x, [64, 4]),
+        w_scale=cdna4.get_mfma_scale_layout(w, [128, 4]),
+        x_copy=copy(lane, [64 // chunks, chunks, 1]),
+        w_copy=copy(lane, [1, 64, 1]),
+        x_scale_copy=copy(4, [64, 1, 1]),
+        w_scale_copy=copy(4, [1, 64, 1]),
+        swizzle=swizzle,
+        x_shared=gl.SharedLinearLayout(
+            [[0, i] for i in bits(x_step)] + [[1 << i, s * lane] for i, s in enumerate(swizzle)]
+        ),
+        w_shared=gl.SharedLinearLayout(
+            w_bytes[:-2] + [[0, i] for i in bits(16)] + w_bytes[-2:] + [[0, 16], [0, 32], [0, 64]]
+        ),
+        w_scale_shared=gl.SharedLinearLayout(
+            [[16, 0], [32, 0], [1, 0], [2, 0], [4, 0], [8, 0], [0, 1], [0, 2], [64, 0]]
+        ),
+    )
+
+
+def tile_size(kernel: str, packed: PackedExperts) -> str | None:
+    """Rows x columns of a workgroup of the expert GEMM that the kernel of this name computes; None
+    for a kernel that is none."""
+    f = FORMATS[packed.activations]
+    if kernel.startswith("prefill_"):
+        return f"{PREFILL_ROWS.value} x {PREFILL_COLUMNS.value}"
+    if kernel == "dispatch_kernel":
+        g = dispatch_tile(packed.gate_up.K, packed.gate_up.N, f)
+    elif kernel == "combine_kernel":
+        g = combine_tile(packed.down.K, packed.down.N, f)
+    else:
+        return None
+    return f"{g.BM} x {g.BN}"
 
 
 @gluon.constexpr_function
@@ -421,22 +576,24 @@ def column_of(n):
 @gluon.jit
 def load_x(x, scale, row, scale_row, count, step: gl.constexpr, g: gl.constexpr):
     """Rows row[0 .. count - 1] of x [*, K] and its scales [*, K/32]. row, scale_row: the same int32
-    [BM], laid out as the rows of g.a and of g.a_scale."""
+    [BM], laid out as the rows of g.x and of g.x_scale."""
     last: gl.constexpr = (step + 1) * STEP * g.WAVES > g.K
     size: gl.constexpr = STEP // g.x_values
-    k = (step * g.WAVES + iota(0, g.WAVES, g.a)) * size + iota(2, size, g.a)
-    inside = iota(1, g.BM, g.a) < count
+    k = (step * g.WAVES + iota(0, g.WAVES, g.x)) * size + iota(2, size, g.x)
+    inside = iota(1, g.BM, g.x) < count
     if last:
         inside = inside & (k < g.K // g.x_values)
     a = cdna4.buffer_load(x, row[None, :, None] * (g.K // g.x_values) + k, mask=inside)
     if g.MX:
-        k = (step * g.WAVES + iota(0, g.WAVES, g.a_scale)) * 4 + iota(2, 4, g.a_scale)
-        inside = iota(1, g.BM, g.a_scale) < count
+        k = (step * g.WAVES + iota(0, g.WAVES, g.x_scale)) * 4 + iota(2, 4, g.x_scale)
+        inside = iota(1, g.BM, g.x_scale) < count
         if last:
             inside = inside & (k < g.K // GROUP)
-        a_scale = cdna4.buffer_load(scale, scale_row[None, :, None] * g.scale_row + k, mask=inside)
+        a_scale = cdna4.buffer_load(
+            scale, scale_row[None, :, None] * g.x_scale_row + k, mask=inside
+        )
     else:
-        a_scale = gl.full([g.WAVES, g.BM, 4], 127, gl.uint8, g.a_scale)  # 2^0
+        a_scale = gl.full([g.WAVES, g.BM, 4], 127, gl.uint8, g.x_scale)  # 2^0
     return a, a_scale
 
 
@@ -445,7 +602,7 @@ def weights_at(w, scale, expert, n, g: gl.constexpr):
     """Where the positions from n (a multiple of 8) of an expert begin in the packed weights and
     scales."""
     strip: gl.constexpr = MFMA * g.K // g.w_values
-    w += expert.to(gl.int64) * (g.padded // MFMA * strip) + n // MFMA * strip + n % MFMA * g.w_lane
+    w += expert.to(gl.int64) * (g.padded // MFMA * strip) + n // MFMA * strip + n % MFMA * g.lane
     if g.W == "e2m1":
         groups: gl.constexpr = g.K // GROUP
         scale += expert.to(gl.int64) * (g.padded * groups)
@@ -461,26 +618,26 @@ def load_w(w, scale, columns, step: gl.constexpr, g: gl.constexpr):
     memory."""
     last: gl.constexpr = (step + 1) * STEP * g.WAVES > g.K
     size: gl.constexpr = STEP // g.w_values
-    k, n = (step * g.WAVES + iota(0, g.WAVES, g.b)) * size + iota(1, size, g.b), iota(2, g.BN, g.b)
+    k, n = (step * g.WAVES + iota(0, g.WAVES, g.w)) * size + iota(1, size, g.w), iota(2, g.BN, g.w)
     inside = n < columns
     if last:
         inside = inside & (k < g.K // g.w_values)
     at = (
-        k // g.w_lane * (g.w_lane * MFMA)
-        + k % g.w_lane
-        + n % MFMA * g.w_lane
+        k // g.lane * (g.lane * MFMA)
+        + k % g.lane
+        + n % MFMA * g.lane
         + n // MFMA * (MFMA * g.K // g.w_values)
     )
     b, b_scale = cdna4.buffer_load(w, at, mask=inside), 0
     if g.W == "e2m1":
-        k = (step * g.WAVES + iota(0, g.WAVES, g.b_scale_memory, 4)) * 4 + iota(
-            1, 4, g.b_scale_memory, 4
+        k = (step * g.WAVES + iota(0, g.WAVES, g.w_scale_memory, 4)) * 4 + iota(
+            1, 4, g.w_scale_memory, 4
         )
-        n = iota(2, MFMA, g.b_scale_memory, 4)
+        n = iota(2, MFMA, g.w_scale_memory, 4)
         inside = n < columns
         if last:
             inside = inside & (k < g.K // GROUP)
-        at = k * BLOCK + n * 4 + iota(3, g.BN // MFMA, g.b_scale_memory, 4)
+        at = k * BLOCK + n * 4 + iota(3, g.BN // MFMA, g.w_scale_memory, 4)
         b_scale = cdna4.buffer_load(scale, at, mask=inside)
     return b, b_scale
 
@@ -495,7 +652,7 @@ def multiply(acc, x, w, g: gl.constexpr):
         W: gl.constexpr = g.W
         # [WAVES, 4, 16, BN/16] -> [WAVES, BN, 4]
         b_scale = w[1].permute(0, 3, 2, 1).reshape(g.WAVES, g.BN, 4)
-        b_scale = gl.convert_layout(b_scale, g.b_scale, assert_trivial=True)
+        b_scale = gl.convert_layout(b_scale, g.w_scale, assert_trivial=True)
         acc = cdna4.mfma_scaled(x[0], x[1], X, w[0], b_scale, W, acc)
     return acc
 
@@ -536,9 +693,9 @@ def expert_gemm(
     product: the weights of AHEAD steps, first because they wait for nothing but the expert's
     number, then the activations, whose row numbers were still on their way. After each product, the
     step AHEAD of it is requested."""
-    STEPS: gl.constexpr = g.steps
+    STEPS: gl.constexpr = g.STEPS
     AHEAD: gl.constexpr = min(g.AHEAD, STEPS)
-    ACCUMULATORS: gl.constexpr = g.accumulators
+    ACCUMULATORS: gl.constexpr = g.acc_registers
     ROWS: gl.constexpr = g.BM // MFMA  # of a lane
     acc = gl.full([g.WAVES, g.BM, g.BN], 0, gl.float32, g.acc)
     ws, xs = (), ()
@@ -602,8 +759,8 @@ def quantise(y, X: gl.constexpr, MX: gl.constexpr):
         y = at_most(at_least(y, -largest), largest)
     if X == "e2m1":
         low, high = gl.split(y.reshape(y.shape[0], y.shape[1] // 2, 2))
-        # the halves of a byte, by scale 1; the s_nop because LLVM does not see an instruction whose
-        # result may not be read at once
+        # The halves of a byte, by scale 1. Its result may not be read by the next instruction:
+        # the LLVMs of triton 3.7.1 and 3.9.0 see to that behind any inline assembly, too.
         code = (
             gl.inline_asm_elementwise(
                 "v_cvt_scalef32_pk_fp4_f32 $0, $1, $2, 1.0\ns_nop 0",
@@ -779,14 +936,14 @@ def route_kernel(
         return
 
     expert = gl.program_id(0) * g.COLUMNS
-    token = first + gl.arange(0, g.BM, only(1, g.a, 3))
-    n = iota(2, g.BN, g.b)
+    token = first + gl.arange(0, g.BM, only(1, g.x, 3))
+    n = iota(2, g.BN, g.w)
     acc = gl.full([g.WAVES, g.BM, g.BN], 0, gl.float32, g.acc)
-    STEPS: gl.constexpr = g.steps
-    ACCUMULATORS: gl.constexpr = g.accumulators
+    STEPS: gl.constexpr = g.STEPS
+    ACCUMULATORS: gl.constexpr = g.acc_registers
     steps = ()
     for step in gl.static_range(STEPS):
-        k = (step * g.WAVES + iota(0, g.WAVES, g.b)) * STEP + iota(1, STEP, g.b)
+        k = (step * g.WAVES + iota(0, g.WAVES, g.w)) * STEP + iota(1, STEP, g.w)
         inside = (n < g.COLUMNS) & (expert + n < E) & (k < g.K)
         # rows as they are, 16 bytes a lane
         b = cdna4.buffer_load(router_weight, (expert + n) * g.K + k, mask=inside)
@@ -944,9 +1101,9 @@ def dispatch_kernel(
         gl.load(tiles + 4 * tile + 1),
         gl.load(tiles + 4 * tile + 2),
     )
-    place = gl.arange(0, g.BM, only(1, g.a, 3))
+    place = gl.arange(0, g.BM, only(1, g.x, 3))
     row = cdna4.buffer_load(rows, first + place, mask=place < count)
-    place = gl.arange(0, g.BM, only(1, g.a_scale, 3))
+    place = gl.arange(0, g.BM, only(1, g.x_scale, 3))
     scale_row = cdna4.buffer_load(rows, first + place, mask=place < count)
     n = column_of(block * g.BN + gl.arange(0, g.BN, only(1, g.out, 2)))
     bias = cdna4.buffer_load(bias, expert * g.N + n)
@@ -973,9 +1130,9 @@ def load_expert(tile, h, h_scale, w, w_scale, rows, n, g: gl.constexpr):
     expert, first, count = tile
     columns = gl.where(count > 0, g.COLUMNS, 0)
     w, w_scale = weights_at(w, w_scale, expert, n, g)
-    place = first + gl.arange(0, g.BM, only(1, g.a, 3))
-    scale_place = first + gl.arange(0, g.BM, only(1, g.a_scale, 3))
-    STEPS: gl.constexpr = g.steps
+    place = first + gl.arange(0, g.BM, only(1, g.x, 3))
+    scale_place = first + gl.arange(0, g.BM, only(1, g.x_scale, 3))
+    STEPS: gl.constexpr = g.STEPS
     steps = ()
     for step in gl.static_range(STEPS):
         b = load_w(w, w_scale, columns, step, g)
@@ -1022,9 +1179,9 @@ def combine_kernel(
     block = gl.program_id(0) % XCDS * per_xcd + gl.program_id(0) // XCDS
     if block >= g.padded // g.COLUMNS:
         return
-    STEPS: gl.constexpr = g.steps
+    STEPS: gl.constexpr = g.STEPS
     AHEAD: gl.constexpr = g.AHEAD
-    ACCUMULATORS: gl.constexpr = g.accumulators
+    ACCUMULATORS: gl.constexpr = g.acc_registers
     n_tiles = gl.load(num_tiles)
     last = n_tiles - 1
 
@@ -1118,134 +1275,6 @@ def combine_kernel(
 # between.
 
 
-@dataclass(frozen=True)
-class Slices(Shape):
-    """Prefill: the tile and its layouts."""
-
-    RING: int  # steps of K in LDS
-
-    @property
-    def panels(self):
-        return -(-self.N // PREFILL_COLUMNS.value)
-
-    @property
-    def step(self):  # K of a step: of one matrix instruction
-        return 32 if self.W == "bf16" else 128
-
-    @property
-    def steps(self):
-        return -(-self.K // self.step)
-
-    @property
-    def x_step(self):  # stored elements of a row of x in a step
-        return self.step // self.x_values
-
-    @property
-    def chunks(self):  # of 16 bytes in them
-        return self.x_step // self.w_lane
-
-    @property
-    def chunks_left(self):  # in the last step
-        return self.K // self.x_values % self.x_step // self.w_lane or self.chunks
-
-    @property
-    def groups_left(self):  # scale groups in the last step
-        return self.K % self.step // GROUP.value or 4
-
-    @property
-    def strip(self):  # stored elements of 16 columns of w; 1,024 bytes of them are a step
-        return MFMA.value * self.K // self.w_values
-
-    @property
-    def lanes_left(self):  # 64ths of those 1,024 bytes that are inside K in the last step
-        return self.K % self.step * 64 // self.step or 64
-
-    @property
-    def acc(self):
-        """[64, 128]: wave (m, n) holds rows 32 m .. + 31, columns 64 n .. + 63; of each 16 x 16
-        tile lane L holds row L % 16, columns 4 * (L // 16) .. + 3."""
-        return gl.amd.AMDMFMALayout(4, [16, 16, self.step], True, [2, 2], tiles_per_warp=[2, 4])
-
-    @property
-    def a(self):
-        """x [64, x_step]: lane L holds row L % 16 and the 16 bytes L // 16 of every 64."""
-        return gl.DotOperandLayout(0, self.acc, self.w_lane)
-
-    @property
-    def b(self):
-        """w [64 bytes of K, 128]: lane L holds column L % 16 and the 16 bytes L // 16."""
-        return gl.DotOperandLayout(1, self.acc, self.w_lane)
-
-    @property
-    def a_scale(self):
-        """[64, 4]: lane L holds row L % 16, K group L // 16 of its two tiles."""
-        return cdna4.get_mfma_scale_layout(self.a, [64, 4])
-
-    @property
-    def b_scale(self):
-        """[128, 4]: lane L holds column L % 16, K group L // 16 of its four tiles, the bytes of one
-        register."""
-        return cdna4.get_mfma_scale_layout(self.b, [128, 4])
-
-    @property
-    def x_copy(self):
-        """x [64 rows, chunks, 16 bytes] on its way to LDS: consecutive lanes hold the chunks of a
-        row, then rows."""
-        return gl.BlockedLayout(
-            [1, 1, self.w_lane], [64 // self.chunks, self.chunks, 1], [4, 1, 1], [2, 1, 0]
-        )
-
-    @property
-    def w_copy(self):
-        """w [8 strips, 64, 16 bytes]: a wave holds the 1,024 bytes of a strip's step, lane L the 16
-        from 16 L."""
-        return gl.BlockedLayout([1, 1, self.w_lane], [1, 64, 1], [4, 1, 1], [2, 1, 0])
-
-    @property
-    def w_scale_copy(self):
-        """Scales of w [4 blocks, 64, 4 bytes]: a wave holds the 256 bytes of a block's step, lane L
-        the dword L."""
-        return gl.BlockedLayout([1, 1, 4], [1, 64, 1], [4, 1, 1], [2, 1, 0])
-
-    @property
-    def x_scale_copy(self):
-        """Scales of x [256 rows, 1, 4 bytes]: lane L of wave w holds the step of row 64 w + L. 128
-        rows exist, but a wait counts the copies of all waves alike."""
-        return gl.BlockedLayout([1, 1, 4], [64, 1, 1], [4, 1, 1], [2, 1, 0])
-
-    @property
-    def swizzle(self):
-        """In LDS, chunk c of row r of x lies at c ^ s, s the exclusive or of these over the bits of
-        r. LDS serves a ds_read_b128 in passes of 16 lanes, the first {0-3, 12-15, 20-27}: two
-        neighbouring chunks of 8 rows each. With rows 32 banks wide, or 16, this is what makes every
-        pass meet all 64 banks."""
-        return [0, 1, 2, 4, 0, 0] if self.chunks == 8 else [0, 0, 2, 3, 0, 0]
-
-    @property
-    def x_shared(self):
-        """x [64, x_step] in LDS, swizzled."""
-        within = [[0, 1 << i] for i in range(self.x_step.bit_length() - 1)]
-        return gl.SharedLinearLayout(
-            within + [[1 << i, s * self.w_lane] for i, s in enumerate(self.swizzle)]
-        )
-
-    @property
-    def w_shared(self):
-        """w [64 bytes of K, 128] in LDS, as it is packed: the 64 lanes of a ds_read_b128 read 1,024
-        bytes in a row."""
-        k = [[1 << i, 0] for i in range((4 * self.w_lane).bit_length() - 1)]
-        return gl.SharedLinearLayout(
-            k[:-2] + [[0, 1], [0, 2], [0, 4], [0, 8]] + k[-2:] + [[0, 16], [0, 32], [0, 64]]
-        )
-
-    @property
-    def w_scale_shared(self):
-        """Scales of w [128, 4] in LDS, as they are packed: a lane's four tiles are one dword."""
-        return gl.SharedLinearLayout(
-            [[16, 0], [32, 0], [1, 0], [2, 0], [4, 0], [8, 0], [0, 1], [0, 2], [64, 0]]
-        )
-
-
 class Pipeline(NamedTuple):
     """What the verbs share. For every piece: a ring of LDS slots, where it comes from at step 0,
     and of each half the offsets there and which of its rows or columns exist."""
@@ -1281,16 +1310,16 @@ def pipeline(x, x_scale, rows, scale_rows, count, w, w_scale, expert, column, g:
     their numbers, int32, top and bottom [64] as the rows of g.x_copy, all [256] as those of
     g.x_scale_copy."""
     row = iota(0, 64, g.x_copy)
-    at = chunk_of_lane(g) * g.w_lane + iota(2, g.w_lane, g.x_copy)
+    at = chunk_of_lane(g) * g.lane + iota(2, g.lane, g.x_copy)
     top = rows[0][:, None, None] * (g.K // g.x_values) + at, row < count
     bottom = rows[1][:, None, None] * (g.K // g.x_values) + at, row + 64 < count
-    at = scale_rows[:, None, None] * g.scale_row + iota(2, 4, g.x_scale_copy)
+    at = scale_rows[:, None, None] * g.x_scale_row + iota(2, 4, g.x_scale_copy)
     x_scale_at = at, iota(0, 256, g.x_scale_copy) < gl.minimum(count, 128)
 
-    w += expert.to(gl.int64) * (g.padded // MFMA * g.strip) + column // MFMA * g.strip
+    w += expert.to(gl.int64) * (g.padded // MFMA * g.w_strip) + column // MFMA * g.w_strip
     strip, strips = iota(0, 8, g.w_copy), (g.padded - column) // MFMA
-    at = strip * g.strip + iota(1, 64, g.w_copy) * g.w_lane + iota(2, g.w_lane, g.w_copy)
-    left, right = (at, strip < strips), (at + 8 * g.strip, strip + 8 < strips)
+    at = strip * g.w_strip + iota(1, 64, g.w_copy) * g.lane + iota(2, g.lane, g.w_copy)
+    left, right = (at, strip < strips), (at + 8 * g.w_strip, strip + 8 < strips)
     at = iota(0, 4, g.w_scale_copy) * (BLOCK * g.K // GROUP) + iota(1, 64, g.w_scale_copy) * 4
     w_scale_at = at + iota(2, 4, g.w_scale_copy), iota(0, 4, g.w_scale_copy) < strips // 4
     if g.W == "e2m1":
@@ -1304,14 +1333,14 @@ def pipeline(x, x_scale, rows, scale_rows, count, w, w_scale, expert, column, g:
     for _ in gl.static_range(RING):
         x_ring = x_ring + (
             (
-                gl.allocate_shared_memory(x_type, [64, g.chunks, g.w_lane], flat),
-                gl.allocate_shared_memory(x_type, [64, g.chunks, g.w_lane], flat),
+                gl.allocate_shared_memory(x_type, [64, g.chunks, g.lane], flat),
+                gl.allocate_shared_memory(x_type, [64, g.chunks, g.lane], flat),
             ),
         )
         w_ring = w_ring + (
             (
-                gl.allocate_shared_memory(w_type, [8, 64, g.w_lane], flat),
-                gl.allocate_shared_memory(w_type, [8, 64, g.w_lane], flat),
+                gl.allocate_shared_memory(w_type, [8, 64, g.lane], flat),
+                gl.allocate_shared_memory(w_type, [8, 64, g.lane], flat),
             ),
         )
         if g.MX:
@@ -1367,7 +1396,7 @@ def issue_w(p, half: gl.constexpr, step, slot: gl.constexpr, LAST: gl.constexpr,
     if LAST:
         exists = exists & (iota(1, 64, g.w_copy) < g.lanes_left)
     cdna4.async_copy.buffer_load_to_shared(
-        p.w_ring[slot][half], p.w + step * (64 * g.w_lane), offsets, mask=exists
+        p.w_ring[slot][half], p.w + step * (64 * g.lane), offsets, mask=exists
     )
     if g.W == "e2m1" and half == 0:
         offsets, exists = p.w_scale_at
@@ -1394,25 +1423,25 @@ def read(memory, M: gl.constexpr, N: gl.constexpr, shared: gl.constexpr, layout:
 
 @gluon.jit
 def read_x(p, half: gl.constexpr, slot: gl.constexpr, g: gl.constexpr):
-    return read(p.x_ring[slot][half], 64, g.x_step, g.x_shared, g.a)
+    return read(p.x_ring[slot][half], 64, g.x_step, g.x_shared, g.x)
 
 
 @gluon.jit
 def read_w(p, half: gl.constexpr, slot: gl.constexpr, g: gl.constexpr):
-    return read(p.w_ring[slot][half], 4 * g.w_lane, 128, g.w_shared, g.b)
+    return read(p.w_ring[slot][half], 4 * g.lane, 128, g.w_shared, g.w)
 
 
 @gluon.jit
 def read_x_scales(p, slot: gl.constexpr, LAST: gl.constexpr, g: gl.constexpr):
     """Of top and bottom: their slot is refilled before the bottom is read."""
-    top = gl.full([64, 4], 127, gl.uint8, g.a_scale)  # 2^0
+    top = gl.full([64, 4], 127, gl.uint8, g.x_scale)  # 2^0
     bottom = top
     if g.MX:
         flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        top = read(p.x_scale_ring[slot].slice(0, 64), 64, 4, flat, g.a_scale)
-        bottom = read(p.x_scale_ring[slot].slice(64, 64), 64, 4, flat, g.a_scale)
+        top = read(p.x_scale_ring[slot].slice(0, 64), 64, 4, flat, g.x_scale)
+        bottom = read(p.x_scale_ring[slot].slice(64, 64), 64, 4, flat, g.x_scale)
         if LAST:  # nobody wrote those beyond K
-            exists = iota(1, 4, g.a_scale, 2) < g.groups_left
+            exists = iota(1, 4, g.x_scale, 2) < g.groups_left
             top, bottom = gl.where(exists, top, 127), gl.where(exists, bottom, 127)
     return top, bottom
 
@@ -1420,11 +1449,11 @@ def read_x_scales(p, slot: gl.constexpr, LAST: gl.constexpr, g: gl.constexpr):
 @gluon.jit
 def read_w_scales(p, slot: gl.constexpr, g: gl.constexpr):
     """Of left and right: their slot is refilled before the right is read."""
-    left = gl.full([128, 4], 127, gl.uint8, g.b_scale)
+    left = gl.full([128, 4], 127, gl.uint8, g.w_scale)
     right = left
     if g.W == "e2m1":
-        left = read(p.w_scale_ring[slot].slice(0, 2), 128, 4, g.w_scale_shared, g.b_scale)
-        right = read(p.w_scale_ring[slot].slice(2, 2), 128, 4, g.w_scale_shared, g.b_scale)
+        left = read(p.w_scale_ring[slot].slice(0, 2), 128, 4, g.w_scale_shared, g.w_scale)
+        right = read(p.w_scale_ring[slot].slice(2, 2), 128, 4, g.w_scale_shared, g.w_scale)
     return left, right
 
 
@@ -1521,7 +1550,7 @@ def sliced_step(
 def sliced_gemm(p, left, right, rows, columns, g: gl.constexpr):
     """The quadrants top left, bottom left, top right, bottom right, float32 [64, 128], over all of
     K; left and right are what they start with."""
-    STEPS: gl.constexpr = g.steps
+    STEPS: gl.constexpr = g.STEPS
     RING: gl.constexpr = g.RING
     AHEAD: gl.constexpr = min(RING, STEPS)
     for s in gl.static_range(AHEAD):
@@ -1764,54 +1793,7 @@ class Routing:
     top_k: int
 
 
-def gemm(kernel: str, packed: PackedExperts) -> Gemm:
-    """The decode tile of "dispatch" or "combine". Figures are for 120b (H = I = 2880, 4 of 128
-    experts), mxfp8, triton 3.7.1. Raises ValueError for an inner size beyond the registers."""
-    f = FORMATS[packed.activations]
-    # 4 times the bytes a column: half the columns or steps for the same flight
-    bf16 = f.weights == torch.bfloat16
-    if kernel == "dispatch":
-        # 64 columns are one scale group of h, and 360 workgroups at one token. All 6 steps of a
-        # wave are in flight, 28 KB: 186 registers, 2 workgroups a CU
-        columns, ahead = (32, 3) if bf16 else (64, 6)
-        return Gemm(*shape(f, packed.gate_up), 16, columns, columns, 4, ahead)
-    # 8 columns are 360 workgroups, with half of each operand's lanes off; 16 would leave 76 of 256
-    # CUs without work. 8 waves x 3 steps are all of K, so an expert takes 42 registers and 4 are in
-    # flight: 8 KB a wave, 66 KB a workgroup, 202 registers, 2 workgroups a CU
-    w, waves, most = packed.down, 8, 6 if bf16 else 12
-    steps = triton.cdiv(w.K, waves * STEP.value)
-    if steps > most:
-        raise ValueError(
-            f"inner size {w.K}: combine holds an expert's steps, up to {most * waves * STEP.value}"
-        )
-    return Gemm(*shape(f, w), 16, 16, 8, waves, min(4, most // steps))
-
-
-def slices(packed: PackedExperts, w: PackedWeight) -> Slices:
-    """The prefill tile. RING: as many steps as let two workgroups share the 160 KB of LDS of a
-    compute unit, at 34 KB a step with 8-bit activations, 26 KB with fp4, 24 KB with bf16. A copy is
-    in flight for 4 RING - 3 regions: 5 of 256 matrix cycles with 8-bit activations, else 9 of 128,
-    and twice that while two workgroups take turns."""
-    f = FORMATS[packed.activations]
-    return Slices(*shape(f, w), 2 if f.element in ("e4m3", "e5m2") else 3)
-
-
-def shape(f: Format, w: PackedWeight) -> tuple:
-    return w.K, w.N, f.element, f.scale == "mx", "bf16" if w.scale is None else "e2m1"
-
-
-def tile(kernel: str, packed: PackedExperts) -> str | None:
-    """Rows x columns of a workgroup of the expert GEMM that the kernel of this name computes; None
-    for a kernel that is none."""
-    if kernel.startswith("prefill_"):
-        return f"{PREFILL_ROWS.value} x {PREFILL_COLUMNS.value}"
-    if kernel.startswith(("dispatch_", "combine_")):
-        g = gemm(kernel.partition("_")[0], packed)
-        return f"{g.BM} x {g.BN}"
-    return None
-
-
-def prefill_grid(g: Slices, routing) -> tuple[int]:
+def prefill_grid(g: PrefillTile, routing) -> tuple[int]:
     return (triton.cdiv(len(routing.tiles) * g.panels, XCDS.value) * XCDS.value,)
 
 
@@ -1850,12 +1832,9 @@ def gating_gemm(x, router_weight, router_bias, packed: PackedExperts, top_k: int
     tiles = torch.empty(min(R, E + R // BM), 4, **integers)  # no split of R rows makes more
     logits = torch.empty(T, E, dtype=torch.float32, device=device)
     q, q_scale = (x, num_tiles) if f.scale == "none" else empty_activations(f, T, H, device)
-    # in decode 4 experts a workgroup: 32 CUs read the router, 23 KB each; above, reading it once a
-    # tile counts
-    columns = 4 if decode else 16
-    g = Gemm(H, E, "bf16", False, "bf16", 16 if decode else 32, 16, columns, 8, 0)
+    g = route_tile(H, E, decode)
     grid = (
-        triton.cdiv(E, columns) + (0 if f.scale == "none" else H // GROUP.value),
+        triton.cdiv(E, g.COLUMNS) + (0 if f.scale == "none" else H // GROUP.value),
         triton.cdiv(T, g.BM),
     )
     route_kernel[grid](
@@ -1929,10 +1908,10 @@ def dispatch_swiglu(routing: Routing, packed: PackedExperts, swiglu_limit: float
         slots,
     )
     if T <= DECODE_TOKENS:
-        g = gemm("dispatch", packed)
+        g = dispatch_tile(w.K, w.N, f)
         dispatch_kernel[w.N // g.BN, len(routing.tiles)](*arguments, g, num_warps=g.WAVES)
     else:
-        g = slices(packed, w)
+        g = prefill_tile(w.K, w.N, f)
         prefill_dispatch_kernel[prefill_grid(g, routing)](
             *arguments, g, num_warps=4, waves_per_eu=2
         )
@@ -1942,11 +1921,11 @@ def dispatch_swiglu(routing: Routing, packed: PackedExperts, swiglu_limit: float
 def combine(h, h_scale, routing: Routing, packed: PackedExperts) -> torch.Tensor:
     """The second expert GEMM, weighted by the gates and summed over each token's slots, without
     atomics: one launch in decode, two above. h, h_scale from `dispatch_swiglu` -> bf16 [T, H]."""
-    w, (T, slots) = packed.down, routing.chosen.shape
+    f, w, (T, slots) = FORMATS[packed.activations], packed.down, routing.chosen.shape
     out = torch.empty(T, w.N, dtype=torch.bfloat16, device=h.device)
     inputs = h, h_scale, w.data, w.scale, w.bias, routing.tiles, routing.num_tiles, routing.rows
     if T <= DECODE_TOKENS:
-        g = gemm("combine", packed)
+        g = combine_tile(w.K, w.N, f)
         grid = (triton.cdiv(g.padded // g.COLUMNS, XCDS.value) * XCDS.value,)
         combine_kernel[grid](
             *inputs,
@@ -1963,7 +1942,7 @@ def combine(h, h_scale, routing: Routing, packed: PackedExperts) -> torch.Tensor
         )
     else:
         weighted = torch.empty(T * slots, w.N, dtype=torch.bfloat16, device=h.device)
-        g = slices(packed, w)
+        g = prefill_tile(w.K, w.N, f)
         prefill_combine_kernel[prefill_grid(g, routing)](
             *inputs, routing.gates, weighted, w.input_scale, g, num_warps=4, waves_per_eu=2
         )
