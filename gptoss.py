@@ -369,7 +369,8 @@ def choose_ops(name: str, device: torch.device) -> Ops:
     """The operations called `name`: "torch", the equations; "triton", ops_triton's kernels;
     "gluon", these with moe_gluon's layer, for gfx950 exactly; "auto": gluon where a gfx950, real or
     emulated, is Triton's active device and `device` belongs to it, triton on any other GPU that
-    Triton drives, else torch. Raises ValueError for another name, and for what cannot run here."""
+    Triton drives, with moe_nvidia's kernels on NVIDIA's, else torch. Raises ValueError for another
+    name, and for what cannot run here."""
     if name not in OPS:
         raise ValueError(f"ops={name!r}, expected one of {', '.join(OPS)}")
     if name == "torch" or name == "auto" and not driven_by_triton(device):
@@ -380,16 +381,40 @@ def choose_ops(name: str, device: torch.device) -> Ops:
             f"{device}; use ops='torch'"
         )
     import moe_gluon
+    import moe_nvidia
     import ops_triton as t
 
     triton = Ops(
         t.prepare, t.plan, t.add_norm, t.attention, t.moe, capturable=True, linear=t.linear
     )
+    if name == "auto" and moe_nvidia.is_supported():
+        return nvidia_ops(triton)
     if name == "triton" or name == "auto" and not moe_gluon.is_supported():
         return triton
     if not moe_gluon.is_supported():
         raise ValueError("ops='gluon' needs a gfx950 (MI350, MI355 or emulated); use ops='triton'")
     return triton._replace(prepare=moe_gluon.prepare, moe=moe_gluon.moe, dtypes=(torch.bfloat16,))
+
+
+def nvidia_ops(triton: Ops) -> Ops:
+    """Of ops_triton, with moe_nvidia's kernels for what they multiply: mxfp4 weights and bfloat16
+    activations of few tokens. Both read the same packed experts."""
+    import moe_nvidia
+
+    def prepare(experts: Experts, activations: str):
+        packed = experts.gate_up_scale is not None and activations == "bf16"
+        return (moe_nvidia if packed else triton).prepare(experts, activations)
+
+    def moe(x, router_weight, router_bias, packed, *options):
+        few = isinstance(packed, moe_nvidia.Packed) and len(x) <= moe_nvidia.MAX_TOKENS
+        few = few and x.dtype == router_weight.dtype == torch.bfloat16
+        return (moe_nvidia if few else triton).moe(x, router_weight, router_bias, packed, *options)
+
+    def linear(x, weight, bias=None):
+        few = moe_nvidia.multiplies(x, weight)
+        return (moe_nvidia if few else triton).linear(x, weight, bias)
+
+    return triton._replace(prepare=prepare, moe=moe, linear=linear)
 
 
 def driven_by_triton(device: torch.device) -> bool:

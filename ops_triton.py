@@ -31,7 +31,7 @@ LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = 2^(x LOG2E)
 GROUP = tl.constexpr(32)  # values that share a scale (OCP Microscaling Formats v1.0, 5.2)
 DECODE_TOKENS = 16  # up to here: one tile of tokens meets the weights of each active expert
 LINEAR_ROWS = 4  # of weights a program, of which each lane of 4 warps holds 1/128
-SPLITS, SPLIT_KEYS = tl.constexpr(16), tl.constexpr(128)  # parts of a sequence's keys; of a part
+SPLITS, SPLIT_KEYS = tl.constexpr(16), tl.constexpr(128)  # most parts of a sequence; keys at once
 
 
 def next_power(n: int, least: int = 1) -> int:
@@ -200,16 +200,21 @@ def plan(step, config) -> Plan:
 
 
 @triton.jit
-def rotated(head, cos, sin, d, live, D: tl.constexpr):
+def turn(cos, sin, d, live, D: tl.constexpr):
+    """What a head's elements d and those of their pairs are multiplied by. cos, sin: pointers to
+    the first element, broadcast against d."""
+    first = d < D // 2
+    at = tl.where(first, d, d - D // 2)
+    c, s = tl.load(cos + at, mask=live, other=0.0), tl.load(sin + at, mask=live, other=0.0)
+    return c, tl.where(first, -s, s)
+
+
+@triton.jit
+def rotated(head, c, s, d, live, D: tl.constexpr):
     """A head's elements d after rotary embedding, in its dtype: the pair of element i is
-    (i, i + D/2). head, cos, sin: pointers to the first element, broadcast against d."""
-    HALF: tl.constexpr = D // 2
-    first = d < HALF
+    (i, i + D/2). head: pointer to the first element, c, s: `turn`, broadcast against d."""
     x = tl.load(head + d, mask=live, other=0.0)
-    other = tl.load(head + tl.where(first, d + HALF, d - HALF), mask=live, other=0.0)
-    turn = tl.where(first, d, d - HALF)
-    c, s = tl.load(cos + turn, mask=live, other=0.0), tl.load(sin + turn, mask=live, other=0.0)
-    s = tl.where(first, -s, s)
+    other = tl.load(head + tl.where(d < D // 2, d + D // 2, d - D // 2), mask=live, other=0.0)
     return (x.to(tl.float32) * c + other.to(tl.float32) * s).to(x.dtype)
 
 
@@ -220,6 +225,16 @@ def cached(pool, table, position, g, C, G: tl.constexpr, D: tl.constexpr, PAGE: 
     page = tl.load(table + index // PAGE, mask=live, other=0)
     slot = (page * PAGE + index % PAGE).to(tl.int64)
     return pool + slot * (2 * G * D) + g * D
+
+
+@triton.jit
+def load_cached(
+    pool, table, key, end, g, d, C, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr
+):
+    """Keys and values [L, COLUMNS] of head g at positions `key` [L] before `end`."""
+    at = cached(pool, table, key, g, C, G, D, PAGE, key < end)[:, None] + d[None, :]
+    there = (key[:, None] < end) & (d[None, :] < D)
+    return tl.load(at, mask=there, other=0.0), tl.load(at + G * D, mask=there, other=0.0)
 
 
 @triton.jit
@@ -239,18 +254,15 @@ def attend(q, k, v, seen, top, total, acc, scale):
 def decode_kernel(
     qkv, sinks, pool, out, cos, sin, positions, table, parts, arrived, P, scale,
     WINDOW: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr, HIP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HIP: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (g, s, z): part z of the keys that sequence s's one token sees, for the M query heads
     of key head g. Part 0 has the token's own key, which it caches, and the sinks. How many parts
     there are depends on the sequence's length alone. Padding, at the end, gets what the first
     sequence gets: a row that repeats its token then meets no other experts than that."""
-    await_earlier(PDL)
     g, s, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + s)
-    m, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    live = (m[:, None] < M) & (d[None, :] < D)
     if position < 0:
         return
     first = 0
@@ -259,39 +271,44 @@ def decode_kernel(
     used = tl.minimum(tl.maximum(tl.cdiv(position - first, SPLIT_KEYS), 1), SPLITS)
     if z >= used:
         return
+    length = tl.cdiv(position - first, used)  # of a part
+    begin = first + z * length
+    end = tl.minimum(begin + length, position)
+    m, d, key = tl.arange(0, ROWS), tl.arange(0, COLUMNS), begin + tl.arange(0, SPLIT_KEYS)
+    live = (m[:, None] < M) & (d[None, :] < D)
+    table += s * P
+    C = P * PAGE
+    # What is no result of this layer is on its way while the kernel before makes qkv.
+    k, v = load_cached(pool, table, key, end, g, d, C, G, D, PAGE)
+    slot = cached(pool, table, position, g, C, G, D, PAGE, True)
+    column = d[None, :]
+    inside = column < D
+    cosine, sine = turn(cos + s * (D // 2), sin + s * (D // 2), column, inside, D)
+    sink = tl.load(sinks + g * M + m, mask=m < M, other=0.0).to(tl.float32) * LOG2E
+    await_earlier(PDL)
 
-    cos += s * (D // 2)
-    sin += s * (D // 2)
     qkv += s.to(tl.int64) * ((M * G + 2 * G) * D)
-    q = rotated(qkv + (g * M + m[:, None]) * D, cos, sin, d[None, :], live, D)
+    q = rotated(qkv + (g * M + m[:, None]) * D, cosine, sine, column, live, D)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    table += s * P
-    C = P * PAGE
     if z == 0:
         qkv += (G * M + g) * D
-        own_k = rotated(qkv, cos, sin, d, d < D, D)
-        own_v = tl.load(qkv + G * D + d, mask=d < D, other=0.0)
-        slot = cached(pool, table, position, g, C, G, D, PAGE, True) + d
-        tl.store(slot, own_k, mask=d < D)
-        tl.store(slot + G * D, own_v, mask=d < D)
-        logit = tl.sum(q.to(tl.float32) * own_k.to(tl.float32)[None, :], 1) * scale
-        sink = tl.load(sinks + g * M + m, mask=m < M, other=0.0).to(tl.float32) * LOG2E
+        own_k = rotated(qkv, cosine, sine, column, inside, D)  # [1, COLUMNS]
+        own_v = tl.load(qkv + G * D + column, mask=inside, other=0.0)
+        tl.store(slot + column, own_k, mask=inside)
+        tl.store(slot + G * D + column, own_v, mask=inside)
+        logit = tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1) * scale
         top = tl.maximum(logit, sink)
         own = tl.exp2(logit - top)
         total = own + tl.exp2(sink - top)
-        acc = own[:, None] * own_v.to(tl.float32)[None, :]
+        acc = own[:, None] * own_v.to(tl.float32)
 
-    length = tl.cdiv(tl.cdiv(position - first, used), KEYS) * KEYS  # of a part
-    begin = first + z * length
-    end = tl.minimum(begin + length, position)
-    for start in tl.range(begin, end, KEYS):
-        key = start + tl.arange(0, KEYS)
-        at = cached(pool, table, key, g, C, G, D, PAGE, key < end)[:, None] + d[None, :]
-        there = (key[:, None] < end) & (d[None, :] < D)
-        k = tl.load(at, mask=there, other=0.0)
-        v = tl.load(at + G * D, mask=there, other=0.0)
+    # No part is empty but the only one of a sequence's first token.
+    top, total, acc = attend(q, k, v, (key < end)[None, :], top, total, acc, scale)
+    for start in tl.range(begin + SPLIT_KEYS, end, SPLIT_KEYS):
+        key = start + tl.arange(0, SPLIT_KEYS)
+        k, v = load_cached(pool, table, key, end, g, d, C, G, D, PAGE)
         top, total, acc = attend(q, k, v, (key < end)[None, :], top, total, acc, scale)
 
     if used > 1:
@@ -304,15 +321,15 @@ def decode_kernel(
         if arrive(arrived + s * G + g, m, HIP) < used - 1:
             return
         tl.store(arrived + s * G + g, 0)
-        # all parts at once: in a loop the latencies of its loads would add up
+        # All parts at once: in a loop the latencies of its loads would add up.
         part = tl.arange(0, SPLITS)[:, None]
         theirs = parts + row[None, :] + part * (ROWS * (COLUMNS + 4))  # [SPLITS, ROWS]
         there = (part < used) & (m[None, :] < M)
         tops = tl.load(theirs + COLUMNS, mask=there, other=-float("inf"))
+        totals = tl.load(theirs + COLUMNS + 1, mask=there, other=0.0)
+        theirs = tl.load(theirs[:, :, None] + d[None, None, :], mask=there[:, :, None], other=0.0)
         share = tl.exp2(tops - tl.maximum(tl.max(tops, 0), -1e30)[None, :])
-        total = tl.sum(share * tl.load(theirs + COLUMNS + 1, mask=there, other=0.0), 0)
-        theirs = theirs[:, :, None] + d[None, None, :]
-        theirs = tl.load(theirs, mask=there[:, :, None], other=0.0)
+        total = tl.sum(share * totals, 0)
         acc = tl.sum(share[:, :, None] * theirs, 0)
     into = out + (s * G * M + g * M + m[:, None]) * D + d[None, :]
     mean = (acc / total[:, None]).to(out.dtype.element_ty)
@@ -342,14 +359,10 @@ def prefill_kernel(
     token = s.to(tl.int64) * Q + query
     live = ((m < M) & (query < Q))[:, None] & (d[None, :] < D)
     WIDTH: tl.constexpr = (M * G + 2 * G) * D  # of a token in qkv
-    q = rotated(
-        qkv + token[:, None] * WIDTH + (g * M + m[:, None]) * D,
-        cos + token[:, None] * (D // 2),
-        sin + token[:, None] * (D // 2),
-        d[None, :],
-        live,
-        D,
-    )
+    angles = token[:, None] * (D // 2)
+    cosine, sine = turn(cos + angles, sin + angles, d[None, :], live, D)
+    head = qkv + token[:, None] * WIDTH + (g * M + m[:, None]) * D
+    q = rotated(head, cosine, sine, d[None, :], live, D)
     sink = tl.load(sinks + g * M + m, mask=m < M, other=0.0).to(tl.float32) * LOG2E
     top, total = sink, tl.full([HEADS * QUERIES], 1.0, tl.float32)  # the sink's own share
     acc = tl.zeros([HEADS * QUERIES, COLUMNS], tl.float32)
@@ -362,10 +375,7 @@ def prefill_kernel(
     table += s * P
     for start in tl.range(first, begin, KEYS):
         key = start + tl.arange(0, KEYS)
-        at = cached(pool, table, key, g, P * PAGE, G, D, PAGE, key < begin)[:, None] + d[None, :]
-        there = (key[:, None] < begin) & (d[None, :] < D)
-        k = tl.load(at, mask=there, other=0.0)
-        v = tl.load(at + G * D, mask=there, other=0.0)
+        k, v = load_cached(pool, table, key, begin, g, d, P * PAGE, G, D, PAGE)
         seen = (key < begin)[None, :] & (key[None, :] <= position[:, None])
         if WINDOW > 0:
             seen &= key[None, :] > position[:, None] - WINDOW
@@ -394,7 +404,8 @@ def rotate_keys_kernel(
     """Program (token, g)."""
     token, g, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, COLUMNS)
     head = qkv + (token * (M * G + 2 * G) + M * G + g) * D
-    k = rotated(head, cos + token * (D // 2), sin + token * (D // 2), d, d < D, D)
+    c, s = turn(cos + token * (D // 2), sin + token * (D // 2), d, d < D, D)
+    k = rotated(head, c, s, d, d < D, D)
     tl.store(keys + (token * G + g) * D + d, k, mask=d < D)
 
 
@@ -442,7 +453,7 @@ def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -
         parts = qkv.new_empty(S * G * splits, rows, columns + 4, dtype=torch.float32)
         decode_kernel[(G, S, splits)](
             qkv, sinks, pool, out, *step, table, parts, plan.arrived, P, scale, window,
-            plan.page_size, M, G, D, rows, columns, 64, on_hip(), num_warps=4, **overlapping(),
+            plan.page_size, M, G, D, rows, columns, on_hip(), num_warps=4, **overlapping(),
         )  # fmt: skip
         return out
     keys = qkv.new_empty(T, G, D)
