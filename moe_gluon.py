@@ -421,21 +421,17 @@ def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
         padding = [rows.new_zeros(E, -N % BLOCK.value, *rows.shape[2:])] if N % BLOCK.value else []
         return torch.cat([rows, *padding], 1).view(E, -1, 4, 4, 4, *rows.shape[2:])
 
-    # what a lane reads, 16 bytes, moved as one element
+    # What a lane reads, 16 bytes, moved as one element. The new orders are [E, N/64, t, K/32, 4, g,
+    # i], [E, N/64, t, K/32, g, i] and, of scales, [E, N/64, K/32, g, i, t].
     lanes = weight.contiguous().view(torch.complex128)
     if scale is None:
         data = blocks(lanes.view(E, N, groups, 4)).permute(0, 1, 3, 5, 6, 2, 4).contiguous()
         data = data.view(weight.dtype).view(E, -1, groups, 4, 16, 8)
     else:
-        data = (
-            blocks(lanes)
-            .permute(0, 1, 3, 5, 2, 4)
-            .contiguous()
-            .view(weight.dtype)
-            .view(E, -1, groups, 16, 16)
-        )
-        scale = nan_where_infinite(weight, scale)
-        scale = blocks(scale).permute(0, 1, 5, 2, 4, 3).contiguous().view(E, -1, groups, 16, 4)
+        data = blocks(lanes).permute(0, 1, 3, 5, 2, 4).contiguous()
+        data = data.view(weight.dtype).view(E, -1, groups, 16, 16)
+        scale = blocks(nan_where_infinite(weight, scale))
+        scale = scale.permute(0, 1, 5, 2, 4, 3).contiguous().view(E, -1, groups, 16, 4)
     return PackedWeight(data, scale, bias.float().contiguous(), float(input_scale), N, K)
 
 
@@ -443,11 +439,13 @@ def pack(weight, scale, bias, input_scale: float) -> PackedWeight:
 # Tiles: all that is known of a GEMM when it is compiled
 #
 # Every size, stride and layout is a plain field, worked out once by the functions below, which are
-# the only ones that choose tile sizes. Fields are what Triton's key of a compiled kernel sees.
+# the only ones that choose tile sizes. Triton's key of a compiled kernel is the text of the fields.
+# eq=False: there is one object of a kind and size (`cache`), so a launch finds its kernel by
+# identity, in place of a hash of forty fields.
 # Figures are for 120b (H = I = 2880, 4 of 128 experts), mxfp8, triton 3.7.1.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gemm:
     """x [*, K] @ w [N, K].T. Strides count stored elements: bf16, bytes, or bytes of two e2m1."""
 
@@ -496,7 +494,7 @@ def gemm_fields(K: int, N: int, f: Format) -> dict:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecodeTile(Gemm):
     """A workgroup computes BM rows by BN columns, of which COLUMNS exist. Its waves split K: in a
     step, wave w takes K = 128 * (step * WAVES + w) .. + 127.
@@ -593,7 +591,7 @@ def dispatch_tile(K: int, N: int, f: Format) -> DecodeTile:
     return DecodeTile(**decode_fields(K, N, f, DECODE_TOKENS, columns, columns, 4, ahead))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CombineTile(DecodeTile):
     """Its workgroup holds all tokens: BM rows, whatever an expert gets of them, are the most."""
 
@@ -637,7 +635,7 @@ def combine_tile(K: int, N: int, f: Format, top_k: int) -> CombineTile:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrefillTile(Gemm):
     """A workgroup of 4 waves computes 128 rows by a panel of 256 columns, cut 2 x 2: see "Prefill"
     below. LDS holds RING steps of K."""
@@ -1579,15 +1577,11 @@ def prefill_dispatch_kernel(
     top = load_pairs(pairs, half_of(tile, 0), 64, rows) // SLOTS
     bottom = load_pairs(pairs, half_of(tile, 1), 64, rows) // SLOTS
     scale_rows = load_pairs(pairs, tile, 256, only(0, g.x_scale_copy)) // SLOTS
-    left, right = starts(bias, tile.expert, start, x_static, g)
+    left, right = initial_sums(bias, tile.expert, start, x_static, g)
     p = pipeline(x, x_scale, (top, bottom), scale_rows, tile, w, w_scale, start, g)
     quadrants = sliced_gemm(p, left, right, tile.count, g.N - start, g)
-    for right_half in gl.static_range(2):
-        for bottom_half in gl.static_range(2):
-            part, n = half_of(tile, bottom_half), start + 128 * right_half
-            if (tile.count > 64 * bottom_half) & (g.N > n):
-                acc = quadrants[2 * right_half + bottom_half]
-                store_swiglu(acc, h, h_scale, part, n, x_static, h_static, LIMIT, g)
+    to = h, h_scale, x_static, h_static, LIMIT
+    store_quadrants(quadrants, tile, start, store_swiglu, to, g)
 
 
 @gluon.jit
@@ -1602,15 +1596,11 @@ def prefill_combine_kernel(
         return
     place = tile.first + gl.arange(0, 64, only(0, g.x_copy))
     scale_place = tile.first + gl.arange(0, 256, only(0, g.x_scale_copy))
-    left, right = starts(bias, tile.expert, start, static, g)
+    left, right = initial_sums(bias, tile.expert, start, static, g)
     p = pipeline(h, h_scale, (place, place + 64), scale_place, tile, w, w_scale, start, g)
     quadrants = sliced_gemm(p, left, right, tile.count, g.N - start, g)
-    for right_half in gl.static_range(2):
-        for bottom_half in gl.static_range(2):
-            part, n = half_of(tile, bottom_half), start + 128 * right_half
-            if (tile.count > 64 * bottom_half) & (g.N > n):
-                acc = quadrants[2 * right_half + bottom_half]
-                store_weighted(acc, weighted, pairs, gates, part, n, static, g)
+    to = weighted, pairs, gates, static
+    store_quadrants(quadrants, tile, start, store_weighted, to, g)
 
 
 @gluon.jit
@@ -1642,7 +1632,7 @@ def half_of(tile, bottom: gl.constexpr):
 
 
 @gluon.jit
-def starts(bias, expert, start, static, g: gl.constexpr):
+def initial_sums(bias, expert, start, static, g: gl.constexpr):
     """What the left and right quadrants start with: in every row the bias, in units of the static
     scale."""
     n = start + column_of(gl.arange(0, 128, only(1, g.acc)))
@@ -1953,8 +1943,18 @@ def in_order(y):
 
 
 @gluon.jit
+def store_quadrants(quadrants, tile, start, STORE: gl.constexpr, to, g: gl.constexpr):
+    """STORE(quadrant, its half of the tile, its first position, *to, g) for those that exist."""
+    for right in gl.static_range(2):
+        for bottom in gl.static_range(2):
+            n = start + 128 * right
+            if (tile.count > 64 * bottom) & (g.N > n):
+                STORE(quadrants[2 * right + bottom], half_of(tile, bottom), n, *to, g)
+
+
+@gluon.jit
 def store_swiglu(
-    acc, h, h_scale, part, start, x_static, h_static, LIMIT: gl.constexpr, g: gl.constexpr
+    acc, part, start, h, h_scale, x_static, h_static, LIMIT: gl.constexpr, g: gl.constexpr
 ):
     """A quadrant through SwiGLU to the places of `part`, rows of h [*, N/2], from the half of
     position `start`, in the format."""
@@ -1984,7 +1984,7 @@ def store_swiglu(
 
 
 @gluon.jit
-def store_weighted(acc, weighted, pairs, gates, part, start, static, g: gl.constexpr):
+def store_weighted(acc, part, start, weighted, pairs, gates, static, g: gl.constexpr):
     """A quadrant of the places of `part`, times their gates, to their pairs' rows of `weighted`,
     from `start`."""
     y = in_order(acc)

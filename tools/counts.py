@@ -347,11 +347,11 @@ def loop_table(formats: tuple[str, ...]) -> str:
 
 @gluon.jit
 def order_kernel(out, tiles, num_tiles, g: gl.constexpr):
-    tile, _, count, column = moe_gluon.tile_of_program(tiles, num_tiles, g)
+    tile, start = moe_gluon.tile_of_program(tiles, num_tiles, g)
     out += 3 * gl.program_id(0)
-    gl.store(out, tile)
-    gl.store(out + 1, column)
-    gl.store(out + 2, count)
+    gl.store(out, tile.expert)
+    gl.store(out + 1, start)
+    gl.store(out + 2, tile.count)
 
 
 def order(tiles, N):
