@@ -15,8 +15,9 @@ Weights go from memory straight into the registers of mma.m16n8k16's left operan
 bytes, which are the operands of four instructions, 16 rows of weights x 64 inputs a warp. Tokens
 are the right operand, 8 columns. No shared memory, no barrier and no change of layout lies in
 between; the warps of a program split K, several loads of each are in flight, and the warps' sums
-meet in shared memory at the end, in a fixed order. That order depends on nothing but K: a token's
-result does not depend on its batch, and is the same in every run.
+meet in shared memory at the end, in a fixed order. That order depends on K and on how many warps
+split it: a token's result is the same in every run, and does not depend on its batch while that
+stays within 1 to 8 tokens, or above.
 
 With PDL (programmatic dependent launch, sm_90 and newer) a kernel starts while the one before it
 still runs, asks for the weights that it will need, and waits for that one only then. Since each
@@ -346,7 +347,8 @@ START_NEXT = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 @gluon.jit
 def order(INSTRUCTION: gl.constexpr):
     """An instruction that accesses to memory are not moved across. STAY costs nothing, as a warp is
-    together anyway: without it ptxas moves loads down towards their use, to save registers."""
+    together anyway: without it ptxas moves loads down towards their use, to save registers. What is
+    no access does move across: products stay below the loads before them only behind a branch."""
     gl.inline_asm_elementwise(
         INSTRUCTION, "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -381,7 +383,7 @@ def expert_gemm(
 ):  # fmt: skip
     """float32 [16 NB WN, BM]: rows of an expert's weight, from 16 NB WN n on, times the BM rows of
     x, over all of K. row, live [BM, 1, 1, 1]. PDL: the kernel before this one makes x. `steps` is
-    known only at launch, so that the loop stays one."""
+    known only at launch, so that the loop and its branches stay what they are."""
     NB: gl.constexpr = g.NB * g.WN
     AHEAD: gl.constexpr = g.AHEAD
     X_AHEAD: gl.constexpr = g.X_AHEAD
@@ -416,10 +418,10 @@ def expert_gemm(
         for j in gl.static_range(AHEAD):
             xs = xs + (load_inputs(x, live, step, j + X_AHEAD, g),)
             order(STAY)
-            w = dequantise(ws[0][0], ws[0][1], left, g)
-            acc = mma_v2(w, right_operand(xs[0], right), acc)
+            if step + j < steps:
+                w = dequantise(ws[0][0], ws[0][1], left, g)
+                acc = mma_v2(w, right_operand(xs[0], right), acc)
             ws, xs = ws[1:] + (load_weights(data, scale, step, j + AHEAD, g),), xs[1:]
-            order(STAY)
         data += AHEAD * g.WK * BLOCKS * 128
         scale += AHEAD * g.WK * BLOCKS * 8
         x += AHEAD * g.WK * 32
@@ -479,10 +481,12 @@ def route_gemm(
         k = (z * PART + block) * 32 + iota(2, 4, right, 4) * 8 + iota(3, 8, right, 4)
         live = (block < PART) & (k < H // 2) & (token < T)
         xs = xs + (gl.load(x + token * (H // 2) + k, mask=live, other=0),)
+    order(STAY)
     acc = gl.full([WARPS, 16, ROUTE_TOKENS], 0, gl.float32, product)
-    for step in gl.static_range(len(ws)):
-        a = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
-        acc = mma_v2(a, right_operand(xs[step], gl.DotOperandLayout(1, product, 2)), acc)
+    if first < T:  # always: no product moves up from here, between the loads
+        for step in gl.static_range(len(ws)):
+            a = left_operand(ws[step], gl.DotOperandLayout(0, product, 2))
+            acc = mma_v2(a, right_operand(xs[step], gl.DotOperandLayout(1, product, 2)), acc)
     return gl.sum(acc, axis=0)
 
 
@@ -692,6 +696,7 @@ def dispatch_kernel(
     tiles, expert, size = gl.load(count), gl.load(experts + tile), gl.load(sizes + tile)
     column = iota(0, g.BM, right_layout(g.WK, g.WN, g.BM), 4)
     pair = gl.load(rows + tile * g.BM + column)
+    order(STAY)
     if tile >= tiles:
         return
     r = n * (16 * NB) + iota(0, 16 * NB, gl.SliceLayout(0, product_layout(g.WK, g.WN)), 2)
@@ -728,6 +733,7 @@ def combine_kernel(
     size = gl.load(sizes + tile, cache_modifier=".cg")
     column = iota(0, g.BM, right_layout(g.WK, g.WN, g.BM), 4)
     row = gl.load(rows + tile * g.BM + column, cache_modifier=".cg")
+    order(STAY)
     if tile >= tiles:
         return
     live, r = iota(1, g.BM, summed, 2) < size, n * BN + iota(0, BN, summed, 2)
@@ -768,9 +774,9 @@ def cuts_for(T: int, *sizes: int) -> tuple[Cut, Cut]:
     """The cuts of dispatch and of combine, of equal BM, for T tokens and these N: of the 120b the
     fastest on an H100 (docs/performance.md). An expert has at most one pair of each token."""
     if T == 1:
-        cuts = Cut(8, 1, 4, 2, 4, 1), Cut(8, 1, 1, 4, 6, 1)
+        cuts = Cut(8, 1, 4, 2, 3, 1), Cut(8, 1, 1, 4, 4, 2)
     elif T <= 8:
-        cuts = Cut(8, 2, 1, 2, 4, 1), Cut(8, 1, 1, 4, 3, 1)
+        cuts = Cut(8, 2, 1, 2, 3, 1), Cut(8, 1, 1, 4, 4, 2)
     else:
         cuts = Cut(16, 4, 1, 2, 2, 1), Cut(16, 4, 1, 2, 2, 1)
     # rows that these would not divide: 16 a program
@@ -790,9 +796,9 @@ def moe(
     swiglu_limit: float = 7.0,
 ) -> Tensor:
     """x bfloat16 [T, H], T at most MAX_TOKENS; router_weight bfloat16 [E, H], router_bias [E] ->
-    [T, H]. Three launches. A token's result does not depend on the other tokens. ValueError for
-    experts that were prepared for other activations, for x of another dtype and for too many
-    tokens."""
+    [T, H]. Three launches. A token's result does not depend on the other tokens while there are 1
+    to 8, or while there are more. ValueError for experts that were prepared for other activations,
+    for x of another dtype and for too many tokens."""
     if packed.activations != activations:
         raise ValueError(
             f"experts were prepared for {packed.activations!r} activations, not for {activations!r}"

@@ -563,10 +563,10 @@ def test_the_tiny_model_says_what_the_equations_say():
 
 
 def test_the_bench_runs_all_operations(capsys):
-    assert bench_ops.main(["--model", "tiny", "--tokens", "2"]) == 0
+    assert bench_ops.main(["--model", "tiny", "--tokens", "1", "2"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
     assert {row["op"].split()[0] for row in rows if "op" in row} == {
-        "add_norm", "attention", "moe", "F.linear", "linear_kernel",
+        "add_norm", "attention", "moe", "F.linear", "ops_triton.linear",
     }  # fmt: skip
     assert all(row["error"] < TWO_ROUNDINGS * 1.5 for row in rows if row.get("error"))
 
@@ -590,7 +590,7 @@ def test_compiled_for_gpus_that_are_not_here(gpu):
         with compile_ops.compiling_for(gpu) as found:
             compile_ops.launch_layer(config, T)
         assert [k.name for k in found if k.spills] == []
-        assert len(found) == (1 + 2 + 3 if T == 1 else 1 + 6 + 5)
+        assert len(found) == (1 + 2 + 2 + 3 if T == 1 else 1 + 6 + 5)
         for k in found:
             if gpu == "sm_90" and k.name == "expert_kernel":
                 loop = k.text[k.text.index("wgmma.fence") : k.text.rindex("wgmma.mma_async")]

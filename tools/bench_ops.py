@@ -1,4 +1,4 @@
-"""Times the five operations of ops_triton.py on a GPU, one by one, against their byte floors.
+"""Times the six operations of ops_triton.py on a GPU, one by one, against their byte floors.
 
     python tools/bench_ops.py --model 120b              every operation, at 1 to 8192 tokens
     python tools/bench_ops.py --only moe --tokens 1 8 --variants 64,16,128,4,5 64,16,256,4,3
@@ -10,10 +10,10 @@ floor: the bytes that a call cannot avoid over the bandwidth of a copy, measured
 over --flops, whichever is more. error: relative L2 against the equations in float32 on the same
 device. A line of JSON is written as soon as it is measured; the table follows at the end. A variant
 BN,BM,BK,warps,stages[,split] replaces the choice of `ops_triton.tiles_for`. Of moe_nvidia, which is
-timed beside it up to 64 tokens, --nvidia replaces `cuts_for`: BM:dispatch's NB,WN,WK,AHEAD,X_AHEAD
-[:combine's], BM 0 for the one it would choose; each with and without programmatic dependent launch.
+timed beside it where it runs, --nvidia replaces `cuts_for`: BM:dispatch's NB,WN,WK,AHEAD,X_AHEAD
+[:combine's], BM 0 for the one it would choose.
 
-    python tools/bench_ops.py --only moe --tokens 1 8 64 --nvidia 0:1,1,4,6,1 0:1,1,4,4,1:1,1,8,3,1
+    python tools/bench_ops.py --only moe --tokens 1 8 --nvidia 0:1,1,4,6,1 0:1,1,4,4,1:1,1,8,3,1
 
 Without a GPU --model tiny runs everything once in the emulator, which times nothing."""
 
@@ -34,7 +34,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import gptoss
@@ -127,45 +126,8 @@ def norms(bench: Bench, c, tokens: list[int]) -> None:
         bench.row("add_norm", calls, nbytes, error=error, T=T)
 
 
-@triton.jit(do_not_specialize=["T"])
-def linear_kernel(
-    x, w, bias, out, parts, arrived, T, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, HIP: tl.constexpr,
-):  # fmt: skip
-    """Program (n, z): BN rows of w [N, K] times up to 16 tokens, over part z of K; the last program
-    of these rows to arrive adds up the parts and the bias -> out [T, N]."""
-    n, z = tl.program_id(0), tl.program_id(1)
-    r, token, step = n * BN + tl.arange(0, BN), tl.arange(0, 16), tl.arange(0, BK)
-    share: tl.constexpr = (K + BK * SPLIT - 1) // (BK * SPLIT) * BK
-    acc = tl.zeros([BN, 16], tl.float32)
-    for start in tl.range(z * share, min(z * share + share, K), BK, num_stages=STAGES):
-        k = start + step
-        there = (r < N)[:, None] & (k < K)[None, :]
-        rows = tl.load(w + r.to(tl.int64)[:, None] * K + k[None, :], mask=there, other=0.0)
-        there = (token < T)[:, None] & (k < K)[None, :]
-        tile = tl.load(x + token[:, None] * K + k[None, :], mask=there, other=0.0)
-        acc = tl.dot(rows, tile.T, acc)
-    there = (r < N)[:, None] & (token < T)[None, :]
-    at = token[None, :] * N + r[:, None]
-    if SPLIT > 1:
-        tl.store(parts + z * 16 * N + at, acc, mask=there)
-        if ops_triton.arrive(arrived + n, token, HIP) < SPLIT - 1:
-            return
-        tl.store(arrived + n, 0)
-        acc = tl.zeros([BN, 16], tl.float32)
-        for part in tl.static_range(SPLIT):
-            acc += tl.load(parts + part * 16 * N + at, mask=there, other=0.0)
-    acc += tl.load(bias + r, mask=r < N, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
-
-
-# BN, BK, warps, stages, parts of K
-LINEAR = ((64, 128, 4, 4, 3), (64, 128, 4, 4, 5), (32, 256, 4, 4, 2), (16, 256, 2, 5, 1))
-
-
 def linears(bench: Bench, c, tokens: list[int]) -> None:
-    """The dense GEMMs: the vendor's, which the engine uses, and a kernel that could take their
-    place at few tokens if it were faster."""
+    """The dense GEMMs, PyTorch's and ours."""
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     shapes = dict(
         qkv=(heads, c.hidden_size),
@@ -175,31 +137,22 @@ def linears(bench: Bench, c, tokens: list[int]) -> None:
     for name, (N, K) in shapes.items():
         nbytes = 2 * N * K
         data = [new(bench.device, N, K) for _ in range(copies(nbytes, 8))]
-        bias, arrived = new(bench.device, N), torch.zeros(N, device=bench.device).int()
+        bias = new(bench.device, N)
         for T in tokens:
-            x = new(bench.device, T, K)
-            calls = [lambda w=w, x=x, bias=bias: F.linear(x, w, bias) for w in data]
-            flop = 2.0 * T * N * K
-            bench.row(f"F.linear {name}", calls, nbytes, flop, T=T)
-            for cut in LINEAR if T <= 16 else ():
-                parts = torch.empty(cut[-1], 16, N, device=bench.device)
+            x, flop = new(bench.device, T, K), 2.0 * T * N * K
+            kernels = [("F.linear", F.linear)]
+            if T == 1:
+                kernels.append(("ops_triton.linear", ops_triton.linear))
+            elif moe_nvidia.is_supported() and moe_nvidia.multiplies(x, data[0]):
+                kernels.append(("moe_nvidia.linear", moe_nvidia.linear))
+            for label, linear in kernels:
 
-                def call(w, x=x, parts=parts, cut=cut, N=N, K=K, T=T, bias=bias, arrived=arrived):
-                    BN, BK, warps, stages, split = cut
-                    out = x.new_empty(T, N)
-                    linear_kernel[(triton.cdiv(N, BN), split)](
-                        x, w, bias, out, parts, arrived, T, N, K, BN, BK, split, stages,
-                        ops_triton.on_hip(), num_warps=warps,
-                    )  # fmt: skip
-                    return out
+                def error(x=x, w=data[0], bias=bias, linear=linear):
+                    want = F.linear(x.float(), w.float(), bias.float())
+                    return relative(linear(x, w, bias), want)
 
-                def error(call=call, x=x, w=data[0], bias=bias):
-                    return relative(call(w), F.linear(x.float(), w.float(), bias.float()))
-
-                bench.row(
-                    f"linear_kernel {name}", [lambda w=w, call=call: call(w) for w in data],
-                    nbytes, flop, error, T=T, tile=",".join(map(str, cut)),
-                )  # fmt: skip
+                calls = [lambda w=w, x=x, bias=bias, f=linear: f(x, w, bias) for w in data]
+                bench.row(f"{label} {name}", calls, nbytes, flop, error, T=T)
 
 
 def attention(bench: Bench, c, cases: list[tuple[int, int, int]]) -> None:
@@ -308,21 +261,18 @@ def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str, nv
         if T > moe_nvidia.MAX_TOKENS or activations != "bf16" or not moe_nvidia.is_supported():
             continue
         calls = calls_of(moe_nvidia)  # which reads ops_triton's packed experts
-        for variant, pdl in itertools.product([None, *nvidia], (True, False)):
-            cuts = moe_nvidia.cuts_for(T)
+        for variant in [None, *nvidia]:
+            cuts = moe_nvidia.cuts_for(T, 2 * c.intermediate_size, H)
             if variant:
                 BM = variant[0].BM or cuts[0].BM
                 cuts = tuple(replace(cut, BM=BM) for cut in variant)
-            text = ":".join(",".join(map(str, astuple(cut))) for cut in cuts)
-            with (
-                mock.patch.object(moe_nvidia, "cuts_for", lambda _, cuts=cuts: cuts),
-                mock.patch.object(moe_nvidia, "PDL", pdl),
-            ):
+            with mock.patch.object(moe_nvidia, "cuts_for", lambda *_, cuts=cuts: cuts):
+                cut = ":".join(",".join(map(str, astuple(cut))) for cut in cuts)
                 bench.row(
                     "moe_nvidia", calls, nbytes, flop, partial(error, calls), T=T,
-                    active=round(active, 1), tile=text + " PDL" * pdl, chosen=variant is None,
+                    active=round(active, 1), tile=cut, chosen=variant is None,
                 )  # fmt: skip
-                if not pdl:
+                if variant is None:
                     kernels(bench, calls, T)
 
 
