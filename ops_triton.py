@@ -31,10 +31,8 @@ LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = 2^(x LOG2E)
 GROUP = tl.constexpr(32)  # values that share a scale (OCP Microscaling Formats v1.0, 5.2)
 DECODE_TOKENS = 16  # up to here: one tile of tokens meets the weights of each active expert
 LINEAR_ROWS = 4  # of weights a program, of which each lane of 4 warps holds 1/128
-SPLITS, SPLIT_KEYS = (
-    tl.constexpr(16),
-    tl.constexpr(128),
-)  # most parts of a sequence; keys of a part, at least
+SPLITS = tl.constexpr(16)  # parts of a sequence's keys, at most
+SPLIT_KEYS = tl.constexpr(128)  # of a part, while there are no more parts
 
 
 def next_power(n: int, least: int = 1) -> int:
