@@ -286,7 +286,7 @@ class Program:
         if "shared" in op:
             memory = self.shared
         else:
-            memory, offsets = self.gpu.memory(offsets, op[0], self.waited)
+            memory, offsets = self.gpu.memory(offsets, op[0], self.waited, "cg" in op)
         if op[0] == "ld":
             raw = memory[offsets].reshape(len(at), len(names), size)
             for i, name in enumerate(names):
@@ -356,20 +356,22 @@ class Program:
 
 @dataclass
 class Launch:
-    """Bytes are by tensor; `early` those loaded before a program waited for the kernel before."""
+    """Bytes are by tensor; `early` those loaded before a program waited for the kernel before, and
+    `cached` those of them that the L1 cache may have given."""
 
     name: str
     grid: tuple[int, int, int]
     loaded: Counter = field(default_factory=Counter)
     stored: Counter = field(default_factory=Counter)
     early: Counter = field(default_factory=Counter)
+    cached: Counter = field(default_factory=Counter)
 
 
 class Gpu:
     def __init__(self, seed: int):
         self.random, self.launches, self.tensors = random.Random(seed), [], []
 
-    def memory(self, offsets, how: str, waited: bool):
+    def memory(self, offsets, how: str, waited: bool, past_l1: bool = False):
         """The tensor that holds all these addresses, as bytes, and the offsets in it."""
         launch = self.launches[-1]
         for name, first, data in self.tensors:
@@ -379,6 +381,7 @@ class Gpu:
                     raise PermissionError(f"{launch.name} writes to {name} before it waits")
                 if not waited:
                     launch.early[name] += offsets.size
+                    launch.cached[name] += 0 if past_l1 else offsets.size
                 return data, offsets - first
         raise IndexError(f"{how} outside all tensors: {offsets.min():#x} .. {offsets.max():#x}")
 
