@@ -98,14 +98,9 @@ def is_supported() -> bool:
 
 
 def moe(
-    x,
-    router_weight,
-    router_bias,
-    packed: "PackedExperts",
-    top_k: int,
-    activations: str | None = None,
-    swiglu_limit: float = 7.0,
-) -> torch.Tensor:
+    x, router_weight, router_bias, packed: "PackedExperts", top_k: int,
+    activations: str | None = None, swiglu_limit: float = 7.0,
+) -> torch.Tensor:  # fmt: skip
     """The whole layer. x bf16 [T, H], router_weight bf16 [E, H], router_bias bf16 or float32 [E] ->
     bf16 [T, H]. `activations`, if given, must be what `packed` was prepared for. Nothing is read
     back to the host. Raises ValueError for what the kernels do not take."""
@@ -624,15 +619,10 @@ def combine_tile(K: int, N: int, f: Format, top_k: int) -> CombineTile:
     lanes = [1, 64 // (slots * columns), slots, columns]
     final = gl.BlockedLayout([waves, 1, 1, 1], lanes, [1, waves, 1, 1], [3, 2, 1, 0])
     return CombineTile(
-        **fields,
-        TOP_K=top_k,
-        SLOTS=slots,
-        PAIRS=pairs,
-        CELLS=cells,
-        LDS=triton.next_power_of_2(cells + waves * DECODE_TOKENS * 16),
-        final=final,
+        **fields, TOP_K=top_k, SLOTS=slots, PAIRS=pairs, CELLS=cells,
+        LDS=triton.next_power_of_2(cells + waves * DECODE_TOKENS * 16), final=final,
         summed=gl.SliceLayout(0, final),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -841,22 +831,9 @@ def load_pairs(pairs, tile, size: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def dispatch_kernel(
-    x,
-    x_scale,
-    w,
-    w_scale,
-    bias,
-    tiles,
-    num_tiles,
-    pairs,
-    h,
-    h_scale,
-    x_static,
-    h_static,
-    LIMIT: gl.constexpr,
-    SLOTS: gl.constexpr,
-    g: gl.constexpr,
-):
+    x, x_scale, w, w_scale, bias, tiles, num_tiles, pairs, h, h_scale, x_static, h_static,
+    LIMIT: gl.constexpr, SLOTS: gl.constexpr, g: gl.constexpr,
+):  # fmt: skip
     """h[place] = swiglu(x[token of place] @ w[expert].T + bias[expert]), quantised for the second
     GEMM. Program (j, t): positions j * BN .. of tile t, which are BN/2 consecutive values of h, and
     in mx formats exactly one scale group."""
@@ -1096,17 +1073,9 @@ def mx_scaled(y, X: gl.constexpr):
 
 @gluon.jit
 def store_group(
-    y,
-    out,
-    out_scale,
-    first,
-    count,
-    group,
-    K: gl.constexpr,
-    X: gl.constexpr,
-    MX: gl.constexpr,
+    y, out, out_scale, first, count, group, K: gl.constexpr, X: gl.constexpr, MX: gl.constexpr,
     DEALT: gl.constexpr,
-):
+):  # fmt: skip
     """Stores `count` rows of float32 y [*, columns], in the format, to rows first .. of out [*, K]:
     the columns from group * columns. DEALT: they are half of a product's positions."""
     COLUMNS: gl.constexpr = y.shape[1]
@@ -1132,21 +1101,9 @@ def store_group(
 
 @gluon.jit(do_not_specialize=["T"])
 def combine_kernel(
-    h,
-    h_scale,
-    w,
-    w_scale,
-    bias,
-    tiles,
-    num_tiles,
-    pairs,
-    chosen,
-    gates,
-    out,
-    T,
-    static,
+    h, h_scale, w, w_scale, bias, tiles, num_tiles, pairs, chosen, gates, out, T, static,
     g: gl.constexpr,
-):
+):  # fmt: skip
     """out[token] = sum over slots of gate * (h[place] @ w[expert].T + bias[expert]) for COLUMNS
     positions a program. Loads of AHEAD experts are in flight. A wave leaves its share of K of every
     pair in LDS; at the end the sum runs over waves, then slots, in one order whatever the batch."""
@@ -1280,26 +1237,10 @@ def sum_partial(partial, T, g: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["T"])
 def route_kernel(
-    x,
-    router_weight,
-    router_bias,
-    logits,
-    arrived,
-    q,
-    q_scale,
-    tiles,
-    num_tiles,
-    pairs,
-    chosen,
-    gates,
-    T,
-    static,
-    X: gl.constexpr,
-    MX: gl.constexpr,
-    TOP_K: gl.constexpr,
-    DECODE: gl.constexpr,
+    x, router_weight, router_bias, logits, arrived, q, q_scale, tiles, num_tiles, pairs, chosen,
+    gates, T, static, X: gl.constexpr, MX: gl.constexpr, TOP_K: gl.constexpr, DECODE: gl.constexpr,
     g: gl.constexpr,
-):
+):  # fmt: skip
     """Program (p, m), tokens m * BM .. : the first programs p compute the logits of COLUMNS experts
     each, so that no compute unit reads the router alone; each of the others quantises 32 columns of
     x. In decode, the last program to store its logits selects the experts of all tokens."""
@@ -1451,16 +1392,9 @@ def list_tiles(ids, tiles, num_tiles, pairs, E: gl.constexpr, WAVES: gl.constexp
 
 @gluon.jit(do_not_specialize=["T"])
 def select_kernel(
-    logits,
-    chosen,
-    gates,
-    counts,
-    T,
-    E: gl.constexpr,
-    TOP_K: gl.constexpr,
-    BM: gl.constexpr,
+    logits, chosen, gates, counts, T, E: gl.constexpr, TOP_K: gl.constexpr, BM: gl.constexpr,
     WAVES: gl.constexpr,
-):
+):  # fmt: skip
     """Top-k of BM tokens a program, and how many of their pairs each expert gets, counts [programs,
     E]."""
     ids, gate, pair = select_experts(logits, gl.program_id(0) * BM, T, E, TOP_K, BM, WAVES)
@@ -1476,18 +1410,9 @@ def select_kernel(
 
 @gluon.jit(do_not_specialize=["programs", "PAIRS"])
 def sort_kernel(
-    chosen,
-    counts,
-    tiles,
-    num_tiles,
-    pairs,
-    programs,
-    PAIRS,
-    E: gl.constexpr,
-    BM: gl.constexpr,
-    CHUNK: gl.constexpr,
-    WAVES: gl.constexpr,
-):
+    chosen, counts, tiles, num_tiles, pairs, programs, PAIRS, E: gl.constexpr, BM: gl.constexpr,
+    CHUNK: gl.constexpr, WAVES: gl.constexpr,
+):  # fmt: skip
     """Program e lists the tiles of expert e and, in one pass over the chosen ids, its pairs in
     order."""
     mine = gl.program_id(0)
@@ -1553,22 +1478,9 @@ def add(a, b):
 
 @gluon.jit
 def prefill_dispatch_kernel(
-    x,
-    x_scale,
-    w,
-    w_scale,
-    bias,
-    tiles,
-    num_tiles,
-    pairs,
-    h,
-    h_scale,
-    x_static,
-    h_static,
-    LIMIT: gl.constexpr,
-    SLOTS: gl.constexpr,
-    g: gl.constexpr,
-):
+    x, x_scale, w, w_scale, bias, tiles, num_tiles, pairs, h, h_scale, x_static, h_static,
+    LIMIT: gl.constexpr, SLOTS: gl.constexpr, g: gl.constexpr,
+):  # fmt: skip
     """What dispatch_kernel does, for a tile and a panel a program."""
     tile, start = tile_of_program(tiles, num_tiles, g)
     if tile.count == 0:
@@ -1915,15 +1827,9 @@ def sliced_gemm(p, left, right, rows, columns, g: gl.constexpr):
         issue_w(p, 1, s, s, s == STEPS - 1, g)
     wait(4 * AHEAD - 2)  # for the first two pieces
     state = (
-        left,
-        left,
-        right,
-        right,
-        read_x(p, 0, 0, g),
-        read_w(p, 0, 0, g),
-        read_x_scales(p, 0, STEPS == 1, g),
-        read_w_scales(p, 0, g),
-    )
+        left, left, right, right, read_x(p, 0, 0, g), read_w(p, 0, 0, g),
+        read_x_scales(p, 0, STEPS == 1, g), read_w_scales(p, 0, g),
+    )  # fmt: skip
     # whole rings before the last step is issued
     LOOP: gl.constexpr = max(0, (STEPS - 1 - RING) // RING * RING)
     for k in range(0, LOOP, RING):
