@@ -93,7 +93,7 @@ def times_rows(x, w, w_scale, row, exists, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def pairs_kernel(
+def plain_kernel(
     x, w, w_scale, bias, chosen, places, h, K: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr,
     BI: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -107,13 +107,13 @@ def pairs_kernel(
     tl.store(h + tl.load(places + pair) * (N // 2) + i, y, mask=i < N // 2)
 
 
-def pairs(x, chosen, experts):
+def plain(x, chosen, experts):
     (T, top_k), (K, N) = chosen.shape, sizes(experts)
     places = chosen.flatten().argsort(stable=True).argsort()
     h = torch.empty(T * top_k, N // 2, dtype=torch.bfloat16, device=x.device)
     weight = experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias
     grid = triton.cdiv(N // 2, 16), T * top_k
-    pairs_kernel[grid](x, *weight, chosen.int(), places.int(), h, K, N, top_k, BI=16, BK=256)
+    plain_kernel[grid](x, *weight, chosen.int(), places.int(), h, K, N, top_k, BI=16, BK=256)
     return h
 
 
@@ -127,7 +127,7 @@ def sizes(experts) -> tuple[int, int]:
 
 
 @triton.jit
-def tiles_kernel(
+def tiled_kernel(
     x, w, w_scale, bias, tiles, num_tiles, pairs, h, K: tl.constexpr, N: tl.constexpr,
     TOP_K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -140,9 +140,9 @@ def tiles_kernel(
     token = tl.load(pairs + place, mask=exists, other=0) // TOP_K
     row = expert.to(tl.int64) * N + n
     acc = tl.zeros([16, BN], tl.float32)
-    for step in range(0, K, BK):
-        k, byte = step + tl.arange(0, BK), step // 2 + tl.arange(0, BK // 2)
-        group = step // 32 + tl.arange(0, BK // 32)
+    for start in range(0, K, BK):
+        k, byte = start + tl.arange(0, BK), start // 2 + tl.arange(0, BK // 2)
+        group = start // 32 + tl.arange(0, BK // 32)
         rows = tl.load(x + token[:, None] * K + k, mask=exists[:, None] & (k < K), other=0)
         inside = (n < N)[:, None] & (byte < K // 2)
         codes = tl.load(w + row[:, None] * (K // 2) + byte, mask=inside, other=0)
@@ -158,13 +158,13 @@ def tiles_kernel(
     tl.store(h + place[:, None] * (N // 2) + i, y, mask=exists[:, None] & (i < N // 2))
 
 
-def tiles(x, chosen, experts):
+def tiled(x, chosen, experts):
     (T, top_k), (K, N) = chosen.shape, sizes(experts)
     lists = list_tiles(chosen, len(experts.gate_up_weight))
     h = torch.empty(T * top_k, N // 2, dtype=torch.bfloat16, device=x.device)
     weight = experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias
     grid = triton.cdiv(N, 64), len(lists[0])
-    tiles_kernel[grid](x, *weight, *lists, h, K, N, top_k, BN=64, BK=128)
+    tiled_kernel[grid](x, *weight, *lists, h, K, N, top_k, BN=64, BK=128)
     return h
 
 
@@ -174,9 +174,10 @@ def list_tiles(chosen, E: int):
     once, so 16 tokens make one tile of it."""
     expert, pairs = chosen.flatten().sort(stable=True)
     active, count = expert.unique(return_counts=True)
-    tiles = torch.full((min(E, len(pairs)), 4), -1)
+    tiles = torch.full((min(E, len(pairs)), 4), -1, device=chosen.device)
     tiles[: len(active), :3] = torch.stack([active, count.cumsum(0) - count, count], 1)
-    return tiles.int(), torch.tensor([len(active)], dtype=torch.int32), pairs.int()
+    num_tiles = torch.tensor([len(active)], dtype=torch.int32, device=chosen.device)
+    return tiles.int(), num_tiles, pairs.int()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def scaled_kernel(
     expert, first, count = load_tile(tiles, t)
     w += (expert.to(gl.int64) * N + n) * (K // 2)
     w_scale += (expert.to(gl.int64) * N + n) * (K // 32)
-    # Where step 0 begins. iota(axis, size, layout): 0 .. size - 1 along an axis of that layout.
+    # Where the first 128 of K are. iota(axis, size, layout) is 0 .. size - 1 along that axis.
     k, exists = iota(1, 128, XM), iota(0, 16, XM) < count
     x_at = load_tokens(pairs, first, count, TOP_K, XM) * K + k
     x_group, scale_exists = iota(1, 4, XS), iota(0, 16, XS) < count
@@ -219,13 +220,13 @@ def scaled_kernel(
     ws_at = iota(0, 64, WS) * (K // 32) + w_group
 
     acc = gl.zeros([16, 64], gl.float32, ACC)
-    for step in range(0, K, 128):
+    for start in range(0, K, 128):
         # a lane that is masked off asks memory for nothing and reads 0
-        rows = load(x, x_at + step, exists & (k + step < K))
-        inside = scale_exists & (x_group + step // 32 < K // 32)
-        x_scales = load(x_scale, xs_at + step // 32, inside)
-        columns = load(w, w_at + step // 2, byte + step // 2 < K // 2)
-        w_scales = load(w_scale, ws_at + step // 32, w_group + step // 32 < K // 32)
+        rows = load(x, x_at + start, exists & (k + start < K))
+        inside = scale_exists & (x_group + start // 32 < K // 32)
+        x_scales = load(x_scale, xs_at + start // 32, inside)
+        columns = load(w, w_at + start // 2, byte + start // 2 < K // 2)
+        w_scales = load(w_scale, ws_at + start // 32, w_group + start // 32 < K // 32)
         rows = gl.convert_layout(rows, X)
         columns = gl.convert_layout(columns.permute(1, 0), W)
         acc = cdna4.mfma_scaled(rows, x_scales, "e4m3", columns, w_scales, "e2m1", acc)
@@ -309,12 +310,12 @@ def packed_kernel(
     ws_at = iota(0, 64, WS) * (K // 32) + w_group
 
     acc = gl.zeros([16, 64], gl.float32, ACC)
-    for step in range(0, K, 128):
-        rows = load(x, x_at + step, exists & (k + step < K))
-        inside = scale_exists & (x_group + step // 32 < K // 32)
-        x_scales = load(x_scale, xs_at + step // 32, inside)
-        columns = load(w, w_at + step * 8, byte + step // 2 < K // 2)
-        w_scales = load(w_scale, ws_at + step // 32, w_group + step // 32 < K // 32)
+    for start in range(0, K, 128):
+        rows = load(x, x_at + start, exists & (k + start < K))
+        inside = scale_exists & (x_group + start // 32 < K // 32)
+        x_scales = load(x_scale, xs_at + start // 32, inside)
+        columns = load(w, w_at + start * 8, byte + start // 2 < K // 2)
+        w_scales = load(w_scale, ws_at + start // 32, w_group + start // 32 < K // 32)
         acc = cdna4.mfma_scaled(rows, x_scales, "e4m3", columns, w_scales, "e2m1", acc)
     acc += load(bias, expert * N + n + iota(1, 64, ACC), None)
     store_swiglu(acc, h, first, count, n // 2, N)
@@ -369,12 +370,12 @@ def dealt_kernel(
     ws_at = w_group * 64 + iota(1, 16, DWORD) * 4 + iota(2, 4, DWORD)
 
     acc = gl.zeros([16, 64], gl.float32, ACC)
-    for step in range(0, K, 128):
-        rows = load(x, x_at + step, exists & (k + step < K))
-        inside = scale_exists & (x_group + step // 32 < K // 32)
-        x_scales = load(x_scale, xs_at + step // 32, inside)
-        columns = load(w, w_at + step * 8, byte + step // 2 < K // 2)
-        w_scales = load(w_scale, ws_at + step * 2, w_group + step // 32 < K // 32)
+    for start in range(0, K, 128):
+        rows = load(x, x_at + start, exists & (k + start < K))
+        inside = scale_exists & (x_group + start // 32 < K // 32)
+        x_scales = load(x_scale, xs_at + start // 32, inside)
+        columns = load(w, w_at + start * 8, byte + start // 2 < K // 2)
+        w_scales = load(w_scale, ws_at + start * 2, w_group + start // 32 < K // 32)
         w_scales = w_scales.permute(2, 1, 0).reshape(64, 4)  # position 16 t + c is strip t, c
         w_scales = gl.convert_layout(w_scales, WS, assert_trivial=True)  # no lane moves a byte
         acc = cdna4.mfma_scaled(rows, x_scales, "e4m3", columns, w_scales, "e2m1", acc)
@@ -425,7 +426,7 @@ def split_kernel(
     TOP_K: gl.constexpr,
 ):  # fmt: skip
     """A workgroup of 4 waves: 16 rows by a block of 64 columns. Every tensor has a leading axis, of
-    which a wave holds one element: in a step, wave v multiplies K = 128 * (4 step + v) .. + 127."""
+    which a wave holds one element: of every 512 of K, wave v multiplies 128 * v .. + 127."""
     ACC: gl.constexpr = gl.amd.AMDMFMALayout(4, [16, 16, 128], True, [4, 1, 1])  # [4, 16, 64]
     X: gl.constexpr = gl.DotOperandLayout(0, ACC, 16)  # [4, 16, 128]
     W: gl.constexpr = gl.DotOperandLayout(1, ACC, 16)  # [4, 64 bytes, 64]
@@ -454,12 +455,12 @@ def split_kernel(
     ws_at = w_group * 64 + iota(2, 16, DWORD) * 4 + iota(3, 4, DWORD)
 
     acc = gl.zeros([4, 16, 64], gl.float32, ACC)
-    for step in range(0, K, 512):
-        rows = load(x, x_at + step, exists & (k + step < K))
-        inside = scale_exists & (x_group + step // 32 < K // 32)
-        x_scales = load(x_scale, xs_at + step // 32, inside)
-        columns = load(w, w_at + step * 8, byte + step // 2 < K // 2)
-        w_scales = load(w_scale, ws_at + step * 2, w_group + step // 32 < K // 32)
+    for start in range(0, K, 512):
+        rows = load(x, x_at + start, exists & (k + start < K))
+        inside = scale_exists & (x_group + start // 32 < K // 32)
+        x_scales = load(x_scale, xs_at + start // 32, inside)
+        columns = load(w, w_at + start * 8, byte + start // 2 < K // 2)
+        w_scales = load(w_scale, ws_at + start * 2, w_group + start // 32 < K // 32)
         w_scales = w_scales.permute(0, 3, 2, 1).reshape(4, 64, 4)
         w_scales = gl.convert_layout(w_scales, WS, assert_trivial=True)
         acc = cdna4.mfma_scaled(rows, x_scales, "e4m3", columns, w_scales, "e2m1", acc)
@@ -530,9 +531,9 @@ def ahead_kernel(
     w_group = iota(0, 4, DWORD) * 4 + iota(1, 4, DWORD)
     ws_at = w_group * 64 + iota(2, 16, DWORD) * 4 + iota(3, 4, DWORD)
     acc, weights = gl.zeros([4, 16, 64], gl.float32, ACC), ()
-    for step in gl.static_range(0, K, 512):
-        columns = load(w, w_at + step * 8, byte + step // 2 < K // 2)
-        w_scales = load(w_scale, ws_at + step * 2, w_group + step // 32 < K // 32)
+    for start in gl.static_range(0, K, 512):
+        columns = load(w, w_at + start * 8, byte + start // 2 < K // 2)
+        w_scales = load(w_scale, ws_at + start * 2, w_group + start // 32 < K // 32)
         weights = weights + ((columns, w_scales),)
         acc = pin(acc, 16)
     # Then all of x.
@@ -541,15 +542,15 @@ def ahead_kernel(
     x_group, scale_exists = iota(0, 4, XS) * 4 + iota(2, 4, XS), iota(1, 16, XS) < count
     xs_at = pin(scale_pair, 1) // TOP_K * (K // 32) + x_group
     activations = ()
-    for step in gl.static_range(0, K, 512):
-        rows = load(x, x_at + step, exists & (k + step < K))
-        inside = scale_exists & (x_group + step // 32 < K // 32)
-        x_scales = load(x_scale, xs_at + step // 32, inside)
+    for start in gl.static_range(0, K, 512):
+        rows = load(x, x_at + start, exists & (k + start < K))
+        inside = scale_exists & (x_group + start // 32 < K // 32)
+        x_scales = load(x_scale, xs_at + start // 32, inside)
         activations = activations + ((rows, x_scales),)
         acc = pin(acc, 16)
-    for step in gl.static_range(0, K, 512):
-        columns, w_scales = weights[step // 512]
-        rows, x_scales = activations[step // 512]
+    for start in gl.static_range(0, K, 512):
+        columns, w_scales = weights[start // 512]
+        rows, x_scales = activations[start // 512]
         w_scales = w_scales.permute(0, 3, 2, 1).reshape(4, 64, 4)
         w_scales = gl.convert_layout(w_scales, WS, assert_trivial=True)
         acc = cdna4.mfma_scaled(rows, x_scales, "e4m3", columns, w_scales, "e2m1", acc)
@@ -608,7 +609,7 @@ def shipped(x, chosen, experts):
 # --------------------------------------------------------------------------------------------------
 # What runs, checks and counts the steps
 
-STEPS = (pairs, tiles, scaled, packed, dealt, split, ahead, shipped)
+STEPS = (plain, tiled, scaled, packed, dealt, split, ahead, shipped)
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -629,7 +630,7 @@ def oracle(step, x, chosen, experts) -> torch.Tensor:
     expert, order = chosen.flatten().sort(stable=True)
     routing = gptoss.Routing(chosen, None, order, collections.Counter(expert.tolist()))
     activations = "mxfp8" if step is shipped else "bf16"
-    if step not in (pairs, tiles, shipped):
+    if step not in (plain, tiled, shipped):
         x = gptoss.quantise_mx(x.float(), "mxfp8")
     return gptoss.dispatch_swiglu(x, routing, experts, activations, LIMIT.value)
 
@@ -667,7 +668,7 @@ def counts(step) -> dict:
         sys.exit(f"{step.__name__} is wrong: relative L2 error {wrong:.1e}")
     c, p, (K, N) = launch.counters, launch.profile, sizes(experts)
     active, waves = len(chosen.unique()), launch.waves // (launch.grid[0] * launch.grid[1])
-    busy = launch.grid[0] * (chosen.numel() if step is pairs else active)  # programs with work
+    busy = launch.grid[0] * (chosen.numel() if step is plain else active)  # programs with work
     read = {name: t["read"] for name, t in c.tensors.items()}
     weights = read.pop("w") + read.pop("w_scale")
     run = collections.Counter()
