@@ -727,6 +727,34 @@ def steps_table(steps, rows=tuple(ROWS)) -> str:
     return table(columns, lines)
 
 
+def bytes_table() -> str:
+    """Who asks for what in the shipped kernel."""
+    _, launch = emulated(shipped, *counted_problem())
+    rows = [
+        {"tensor": f"`{name}`", "requested": t["read"] + t["write"]}
+        | {"distinct": t["read_unique"] + t["write_unique"], "why": WHY[name]}
+        for name, t in launch.counters.tensors.items()
+    ]
+    rows.sort(key=lambda row: (-row["requested"], row["tensor"]))
+    columns = [("tensor", "tensor", ""), ("bytes requested", "requested", ",d")]
+    return table([*columns, ("distinct", "distinct", ",d"), ("which are", "why", "")], rows)
+
+
+# Of the counted problem: 16 programs with work, 4 blocks of columns by 4 experts, of 4 waves each
+WHY = {
+    "w": "16 programs x 64 columns x 1,440 bytes of two values",
+    "w_scale": "16 programs x 64 columns x 90 groups",
+    "x": "8 pairs x 4 blocks x 2,880 bytes: every block asks for the rows again",
+    "x_scale": "8 pairs x 4 blocks x 90 groups",
+    "bias": "16 programs x 256 lanes x 4 columns x 4 bytes: the lanes of all 16 rows ask",
+    "pairs": "8 pairs x 4 blocks x 16 lanes x 4 bytes: 4 lanes of each of 4 waves hold a row",
+    "tiles": "16 programs x 4 waves x 3 numbers of 4 bytes",
+    "num_tiles": "32 programs x 4 waves x 4 bytes: those without work ask, too",
+    "h": "stored: 8 pairs x 128 values",
+    "h_scale": "stored: 8 pairs x 4 groups",
+}
+
+
 def shape(step) -> str:
     """What touches memory or multiplies, in order, with what is waited for: of the steady loop, or
     where there is none of the whole kernel."""
@@ -772,6 +800,7 @@ CHANGES = {
 }
 TABLES = {
     "steps": lambda: steps_table(STEPS),
+    "bytes of the shipped kernel": bytes_table,
     **{
         f"step {i}": functools.partial(steps_table, STEPS[i - 1 : i + 1], rows)
         for i, rows in CHANGES.items()
