@@ -4,6 +4,7 @@ adversary; what single steps promise; and docs/porting.md, whose tables they pri
 import re
 from dataclasses import replace
 
+import compile_ops
 import pytest
 import steps
 import tables
@@ -73,10 +74,31 @@ def test_step_0_knows_every_weight():
     assert ((got == want) | want.isnan()).all()
 
 
+@triton.jit
+def swiglu_kernel(gates, ups, out):
+    i = tl.arange(0, 1024)
+    tl.store(out + i, steps.swiglu(tl.load(gates + i), tl.load(ups + i)))
+
+
+def test_step_0_clamps():
+    """Gates from above only, ups on both sides; NaN stays. exp and the division are a few 2^-24
+    off, 1.702 x 20 of which the exponent multiplies."""
+    gate = torch.linspace(-20, 20, 32).repeat(32)
+    up = torch.linspace(-20, 20, 32).repeat_interleave(32)
+    gate[5], up[9], got = torch.nan, torch.nan, torch.empty(1024)
+    with gfx950.emulate(**ADVERSARY):
+        swiglu_kernel[(1,)](gate, up, got)
+    g, u = gate.double().clamp(max=7), up.double().clamp(-7, 7)
+    want = g * torch.sigmoid(1.702 * g) * (u + 1)
+    torch.testing.assert_close(got.double(), want, rtol=2**-18, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("step", steps.STEPS[:2], ids=lambda step: step.__name__)
 def test_plain_steps_see_infinite_weights(step):
-    """They expand a weight before they multiply, as the equations do: 6 x 2^127 is infinite."""
+    """They expand a weight before they multiply, as the equations do: 6 x 2^127 is infinite, though
+    times these x it would not be."""
     x, chosen, experts = steps.problem(*FEW)
+    x[:, 64:96] *= 2**-20
     experts.gate_up_scale[1, 6, 2] = 254
     experts.gate_up_weight[1, 6, 32:48] = 0x77
     check(step, x, chosen, experts)
@@ -103,6 +125,15 @@ def test_plain_steps_run_on_any_gpu(step):
     assert (got - want).norm() <= steps.TOLERANCE * want.norm()
 
 
+@pytest.mark.parametrize("gpu", ["sm_90", "gfx942"])
+def test_plain_steps_compile_for_other_gpus(gpu):
+    arguments = steps.problem(*FEW)
+    with compile_ops.compiling_for(gpu) as found:
+        for step in steps.STEPS[:2]:
+            step(*arguments)
+    assert [(k.name, k.spills) for k in found] == [("plain_kernel", 0), ("tiled_kernel", 0)]
+
+
 def test_packing_becomes_the_shipped_one():
     """Step 4 packs what moe_gluon.prepare packs, byte for byte."""
     _, _, experts = steps.problem(*FEW)
@@ -113,8 +144,9 @@ def test_packing_becomes_the_shipped_one():
 
 def test_activations_are_the_oracles():
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)) * 300
-    x[0, :32], x[1, 3], x[2, :32] = 0, 1e-39, 0.0625
+    x[0, :32], x[1, 3], x[2, :32], x[3, 7] = 0, 1e-39, 0.0625, 2040  # 510 of 448, by its scale
     values, scale = steps.mxfp8(x)
+    assert scale[0, 0] == 0 and scale[3, 0] == 127 + 10 - 8
     values = values.view(torch.float8_e4m3fn).float().unflatten(-1, (-1, 32))
     got = (values * gptoss.E8M0[scale.int()][..., None]).flatten(-2)
     assert torch.equal(got, gptoss.quantise_mx(x, "mxfp8"))
