@@ -219,9 +219,20 @@ def test_the_page_has_the_tables_of_today(capsys):
 
 
 def test_the_page_names_tests_that_exist():
+    """In the list of mistakes each in the file whose letter follows it."""
+    text = PAGE.read_text()
     files = [*(ROOT / "tests").glob("test_*.py"), ROOT / "test_gptoss.py"]
     defined = {
-        name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+        file.relative_to(ROOT).as_posix(): re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+        for file in files
     }
-    named = {name for name in re.findall(r"`(test_\w+)`", PAGE.read_text())}
-    assert named and named <= defined, named - defined
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert named and named <= set(sum(defined.values(), []))
+    mistakes = text[text.index("## Public mistakes") :]
+    letters = dict(re.findall(r"\((\w)\)(?: is)?\s`([\w/]+\.py)`", mistakes))
+    assert len(letters) == 8
+    rows = mistakes[mistakes.index("| mistake") :]
+    for name, found in re.findall(r"`(test_\w+)`(?: \(([\w, ]+)\))?", rows):
+        for letter in found.split(", "):
+            file = letters[letter] if letter else "tests/test_moe_gluon.py"
+            assert name in defined[file], (name, file)
