@@ -306,7 +306,7 @@ def packed_kernel(
     xs_at = load_tokens(pairs, first, count, TOP_K, XS) * (K // 32) + x_group
     # w [N/16, K/32, 16, 16]: a strip is 16 columns, in which 16 bytes of each follow one another
     byte, column, w_group = iota(0, 64, W), iota(1, 64, W), iota(1, 4, WS)
-    w_at = column // 16 * (8 * K) + byte // 16 * 256 + column % 16 * 16 + byte % 16
+    w_at = column // 16 * (16 * K // 2) + byte // 16 * 256 + column % 16 * 16 + byte % 16
     ws_at = iota(0, 64, WS) * (K // 32) + w_group
 
     acc = gl.zeros([16, 64], gl.float32, ACC)
@@ -314,7 +314,7 @@ def packed_kernel(
         rows = load(x, x_at + start, exists & (k + start < K))
         inside = scale_exists & (x_group + start // 32 < K // 32)
         x_scales = load(x_scale, xs_at + start // 32, inside)
-        columns = load(w, w_at + start * 8, byte + start // 2 < K // 2)
+        columns = load(w, w_at + start // 32 * 256, byte + start // 2 < K // 2)
         w_scales = load(w_scale, ws_at + start // 32, w_group + start // 32 < K // 32)
         acc = cdna4.mfma_scaled(rows, x_scales, "e4m3", columns, w_scales, "e2m1", acc)
     acc += load(bias, expert * N + n + iota(1, 64, ACC), None)
@@ -366,7 +366,7 @@ def dealt_kernel(
     x_group, scale_exists = iota(1, 4, XS), iota(0, 16, XS) < count
     xs_at = load_tokens(pairs, first, count, TOP_K, XS) * (K // 32) + x_group
     byte, position, w_group = iota(0, 64, W), iota(1, 64, W), iota(0, 4, DWORD)
-    w_at = position // 16 * (8 * K) + byte // 16 * 256 + position % 16 * 16 + byte % 16
+    w_at = position // 16 * (16 * K // 2) + byte // 16 * 256 + position % 16 * 16 + byte % 16
     ws_at = w_group * 64 + iota(1, 16, DWORD) * 4 + iota(2, 4, DWORD)
 
     acc = gl.zeros([16, 64], gl.float32, ACC)
@@ -374,8 +374,8 @@ def dealt_kernel(
         rows = load(x, x_at + start, exists & (k + start < K))
         inside = scale_exists & (x_group + start // 32 < K // 32)
         x_scales = load(x_scale, xs_at + start // 32, inside)
-        columns = load(w, w_at + start * 8, byte + start // 2 < K // 2)
-        w_scales = load(w_scale, ws_at + start * 2, w_group + start // 32 < K // 32)
+        columns = load(w, w_at + start // 32 * 256, byte + start // 2 < K // 2)
+        w_scales = load(w_scale, ws_at + start // 32 * 64, w_group + start // 32 < K // 32)
         w_scales = w_scales.permute(2, 1, 0).reshape(64, 4)  # position 16 t + c is strip t, c
         w_scales = gl.convert_layout(w_scales, WS, assert_trivial=True)  # no lane moves a byte
         acc = cdna4.mfma_scaled(rows, x_scales, "e4m3", columns, w_scales, "e2m1", acc)
@@ -450,7 +450,7 @@ def split_kernel(
     x_group, scale_exists = iota(0, 4, XS) * 4 + iota(2, 4, XS), iota(1, 16, XS) < count
     xs_at = load_tokens(pairs, first, count, TOP_K, XS) * (K // 32) + x_group
     byte, position = iota(0, 4, W) * 64 + iota(1, 64, W), iota(2, 64, W)
-    w_at = position // 16 * (8 * K) + byte // 16 * 256 + position % 16 * 16 + byte % 16
+    w_at = position // 16 * (16 * K // 2) + byte // 16 * 256 + position % 16 * 16 + byte % 16
     w_group = iota(0, 4, DWORD) * 4 + iota(1, 4, DWORD)
     ws_at = w_group * 64 + iota(2, 16, DWORD) * 4 + iota(3, 4, DWORD)
 
@@ -459,8 +459,8 @@ def split_kernel(
         rows = load(x, x_at + start, exists & (k + start < K))
         inside = scale_exists & (x_group + start // 32 < K // 32)
         x_scales = load(x_scale, xs_at + start // 32, inside)
-        columns = load(w, w_at + start * 8, byte + start // 2 < K // 2)
-        w_scales = load(w_scale, ws_at + start * 2, w_group + start // 32 < K // 32)
+        columns = load(w, w_at + start // 32 * 256, byte + start // 2 < K // 2)
+        w_scales = load(w_scale, ws_at + start // 32 * 64, w_group + start // 32 < K // 32)
         w_scales = w_scales.permute(0, 3, 2, 1).reshape(4, 64, 4)
         w_scales = gl.convert_layout(w_scales, WS, assert_trivial=True)
         acc = cdna4.mfma_scaled(rows, x_scales, "e4m3", columns, w_scales, "e2m1", acc)
@@ -478,6 +478,7 @@ SUM = gl.constexpr(gl.SliceLayout(0, TOGETHER.value))
 def sum_waves(acc):
     """[4, 16, 64] -> [16, 64] by way of LDS. A lane reads the same 4 columns of all waves and adds
     them in the order of waves: one order, so the same bits in every run."""
+    # rows turned against each other, by 4 columns each, so that lanes meet in no bank
     PLACES: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 16, [2, 1, 0])
     memory = gl.allocate_shared_memory(gl.float32, [4, 16, 64], PLACES, acc)
     gl.barrier()
@@ -527,13 +528,13 @@ def ahead_kernel(
     w += (expert.to(gl.int64) * N + gl.program_id(0) * 64) * (K // 2)
     w_scale += (expert.to(gl.int64) * N + gl.program_id(0) * 64) * (K // 32)
     byte, position = iota(0, 4, W) * 64 + iota(1, 64, W), iota(2, 64, W)
-    w_at = position // 16 * (8 * K) + byte // 16 * 256 + position % 16 * 16 + byte % 16
+    w_at = position // 16 * (16 * K // 2) + byte // 16 * 256 + position % 16 * 16 + byte % 16
     w_group = iota(0, 4, DWORD) * 4 + iota(1, 4, DWORD)
     ws_at = w_group * 64 + iota(2, 16, DWORD) * 4 + iota(3, 4, DWORD)
     acc, weights = gl.zeros([4, 16, 64], gl.float32, ACC), ()
     for start in gl.static_range(0, K, 512):
-        columns = load(w, w_at + start * 8, byte + start // 2 < K // 2)
-        w_scales = load(w_scale, ws_at + start * 2, w_group + start // 32 < K // 32)
+        columns = load(w, w_at + start // 32 * 256, byte + start // 2 < K // 2)
+        w_scales = load(w_scale, ws_at + start // 32 * 64, w_group + start // 32 < K // 32)
         weights = weights + ((columns, w_scales),)
         acc = pin(acc, 16)
     # Then all of x.
@@ -568,8 +569,8 @@ def unchanged(registers):
 @gluon.jit
 def pin(x, registers: gl.constexpr):
     """x, of so many registers a lane, through an empty instruction. Loads written above it are
-    issued above it, and what uses its result is computed below it. Without it LLVM moves each load
-    down to its use, to save registers, and the kernel waits for memory once a step."""
+    issued above it, and what uses its result is computed below it. Without it LLVM moves loads down
+    to their uses, to save registers."""
     SAME: gl.constexpr = unchanged(registers)
     return gl.inline_asm_elementwise(
         "; pin", SAME, [x], dtype=x.dtype, is_pure=False, pack=registers
