@@ -1,4 +1,4 @@
-"""Prints the tables of docs/kernels.md and docs/emulator.md, and writes them and docs/loop.svg.
+"""Prints the tables of docs/, and writes them and docs/loop.svg.
 
     python tools/counts.py              writes every table (eight minutes on two cores)
     python tools/counts.py --check      compares the cheap ones; exit 1 if one differs
@@ -377,11 +377,11 @@ def order(tiles, N):
     return chiplets
 
 
-def prefill_bytes(T: int) -> list[dict]:
-    """Of 120b's GEMMs for tokens that choose 4 of 128 experts independently. What is requested is
-    exact: a tile asks for its columns of weights once, a panel for its rows once. What comes from
-    memory is modelled: the L2 of a chiplet keeps what the 64 workgroups share that run there at a
-    time, and nothing longer."""
+def prefill_bytes(T: int, order: Callable = order) -> list[dict]:
+    """Of 120b's GEMMs for tokens that choose 4 of 128 experts independently, in this order. What is
+    requested is exact: a tile asks for its columns of weights once, a panel for its rows once. What
+    comes from memory is modelled: the L2 of a chiplet keeps what the 64 workgroups share that run
+    there at a time, and nothing longer."""
     g = torch.Generator().manual_seed(0)
     chosen = torch.rand(T, 128, generator=g).topk(4).indices.flatten()
     rows = chosen.bincount(minlength=128).tolist()
@@ -437,6 +437,12 @@ def instruction_table() -> str:
     return table([("arithmetic instructions", "prefix", ""), ("known", "count", "d")], rows)
 
 
+def prefill_steps_table() -> str:
+    import steps_prefill  # which imports this
+
+    return steps_prefill.steps_table()
+
+
 # --------------------------------------------------------------------------------------------------
 # The files
 
@@ -448,9 +454,19 @@ TABLES: dict[str, tuple[Callable[[], str], bool]] = {
     "prefill loop, 8-bit activations": (lambda: loop_table(("fp8", "mxfp8")), True),
     "prefill loop, mxfp4 and bf16": (lambda: loop_table(("mxfp4", "bf16")), False),
     "prefill bytes": (bytes_table, True),
+    "prefill steps": (prefill_steps_table, True),
     "instructions": (instruction_table, True),
 }
 MARK = re.compile(r"<!-- counts: (.*?) -->\n(.*?)<!-- end -->", re.S)
+
+
+def write(file: Path, name: str, text: str) -> None:
+    """Puts a table into its place. Exits where the file has none."""
+    old = {name: old for name, old in MARK.findall(file.read_text())}
+    if name not in old:
+        sys.exit(f"{file} has no <!-- counts: {name} --> with an <!-- end -->")
+    mark = f"<!-- counts: {name} -->\n"
+    file.write_text(file.read_text().replace(mark + old[name], f"{mark}{text}\n"))
 
 
 def same_drawing(a: str, b: str) -> bool:
@@ -467,8 +483,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare the cheap tables, write none")
     args, wrong = parser.parse_args(), 0
     for file in sorted(DOCS.glob("*.md")):
-        text = file.read_text()
-        for name, old in MARK.findall(text):
+        for name, old in MARK.findall(file.read_text()):
             make, cheap = TABLES[name]
             if args.check and not cheap:
                 continue
@@ -478,10 +493,8 @@ def main() -> int:
                 wrong = 1
                 diff = difflib.unified_diff(old.splitlines(), new.splitlines(), "file", "counted")
                 print("\n".join(diff))
-            mark = f"<!-- counts: {name} -->\n"
-            text = text.replace(mark + old, mark + new)
-        if not args.check:
-            file.write_text(text)
+            if not args.check:
+                write(file, name, new.removesuffix("\n"))
     drawing, file = draw_loop.drawing(), DOCS / "loop.svg"
     if not args.check:
         file.write_text(drawing)
