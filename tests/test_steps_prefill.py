@@ -10,7 +10,7 @@ import pytest
 import steps_prefill
 import torch
 import triton
-from steps_prefill import LAUNCHERS, check, emulated, expected, made_up
+from steps_prefill import LAUNCHERS, check, emulated, expected, made_up, routed
 from test_gfx950_kernels import replace
 
 import gfx950
@@ -28,22 +28,23 @@ SHAPES = {
 }
 
 
-def layer_of(shape: str) -> steps_prefill.Layer:
-    """Made up, with a scale that is NaN, of an expert's last columns and K."""
+@functools.cache
+def case_of(shape: str) -> tuple:
+    """A made-up layer with a scale that is NaN, of an expert's last columns and K: what `emulated`
+    takes, and what the oracle says."""
     layer = made_up(*SHAPES[shape])
     layer.experts.gate_up_scale[-1, -2, -1] = 255
-    return layer
+    return routed(layer), expected(layer)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_against_the_oracle(name, shape):
-    layer = layer_of(shape)
-    want = expected(layer)
+    case, want = case_of(shape)
     assert want.isnan().any() and not want.isnan().all()
-    h, _ = emulated(name, layer, timing="lazy", schedule="skew")
+    h, _ = emulated(name, *case, timing="lazy", schedule="skew")
     check(h, want)
-    again, _ = emulated(name, layer, timing="random", schedule="random")
+    again, _ = emulated(name, *case, timing="random", schedule="random")
     assert torch.equal(h.nan_to_num(), again.nan_to_num())
 
 
@@ -66,16 +67,16 @@ def test_check_finds_what_is_wrong():
 
 
 @functools.cache
-def full_tile() -> tuple[steps_prefill.Layer, torch.Tensor]:
-    """The kernels of the table: LLVM unrolls the loop of a short K."""
+def full_tile() -> tuple:
+    """Likewise, for the kernels of the table: LLVM unrolls the loop of a short K."""
     layer = made_up(128, 1, 2880, 128, 1)
-    return layer, expected(layer)
+    return routed(layer), expected(layer)
 
 
 @functools.cache
 def looped(name: str) -> tuple:
     """The program of a step, and the places of its loop."""
-    launch = emulated(name, full_tile()[0])[1]
+    launch = emulated(name, *full_tile()[0])[1]
     loop = launch.counters.loop()
     return launch.program, range(loop["first"], loop["last"] + 1)
 
@@ -83,11 +84,11 @@ def looped(name: str) -> tuple:
 def caught(name: str, changes: dict[int, str], schedule: str) -> bool:
     """Whether a run with these instructions instead shows it: those of the program in Triton's
     cache, which the next launch executes."""
-    layer, want = full_tile()
+    case, want = full_tile()
     program, _ = looped(name)
     old = {pc: replace(program, pc, text) for pc, text in changes.items()}
     try:
-        check(emulated(name, layer, timing="lazy", schedule=schedule)[0], want)
+        check(emulated(name, *case, timing="lazy", schedule=schedule)[0], want)
     except (gfx950.GPUFault, AssertionError):
         return True
     finally:

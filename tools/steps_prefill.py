@@ -509,19 +509,26 @@ def made_up(T: int, E: int, H: int, inner: int, top_k: int, seed: int = 0) -> La
     return Layer(x.bfloat16(), router.bfloat16(), torch.zeros(E).bfloat16(), experts, top_k)
 
 
-def emulated(name: str, layer: Layer, **emulate) -> tuple[torch.Tensor, gfx950.Launch]:
-    """A step's h, float32 [pairs, inner] by place, and its launch. More than 16 tokens."""
+def routed(layer: Layer) -> tuple[moe_gluon.PackedExperts, moe_gluon.Routing]:
+    """What a launcher needs, from the kernels of moe_gluon.py. More than 16 tokens."""
     *inputs, experts, top_k = layer
     packed = moe_gluon.prepare(experts, "mxfp8")
     with gfx950.emulate():
-        routing = moe_gluon.gating_gemm(*inputs, packed, top_k)
-    if len(routing.tiles) > (tiles := int(routing.num_tiles)) and "trace" in emulate:
-        routing.tiles = routing.tiles[:tiles]  # no program without work
+        return packed, moe_gluon.gating_gemm(*inputs, packed, top_k)
+
+
+def emulated(
+    name: str, packed: moe_gluon.PackedExperts, routing: moe_gluon.Routing, **emulate
+) -> tuple[torch.Tensor, gfx950.Launch]:
+    """A step's h, float32 [pairs, inner] by place, and its launch."""
     with gfx950.emulate(**emulate) as gpu:
         h, scale = LAUNCHERS[name](routing, packed)
     h = h.view(torch.float8_e4m3fn).float().unflatten(-1, (-1, GROUP.value))
     scale = scale[:, : h.shape[1], None].view(torch.float8_e8m0fnu).float()
-    return (h * scale).flatten(-2)[: len(layer.x) * top_k], gpu.launches[-1]
+    pairs = (
+        len(routing.x) * routing.top_k
+    )  # in front of the places that slots beyond top_k would have
+    return (h * scale).flatten(-2)[:pairs], gpu.launches[-1]
 
 
 def expected(layer: Layer) -> torch.Tensor:
@@ -697,14 +704,15 @@ ROWS_OF_TABLE = (
 def launches() -> dict[str, tuple]:
     """Of every step gate_up at K = 2880, one panel: a full tile, and one of 40 rows. AssertionError
     where a step does not compute what the oracle does."""
-    found = {}
-    for name in LAUNCHERS:
-        for rows in (128, 40):
-            layer = made_up(rows, 1, 2880, 128, 1)
-            h, launched = emulated(name, layer, trace=0)
-            differ = check(h, expected(layer))
+    found = {name: () for name in LAUNCHERS}
+    for rows in (128, 40):
+        layer = made_up(rows, 1, 2880, 128, 1)
+        case, want = routed(layer), expected(layer)
+        for name in LAUNCHERS:
+            h, launched = emulated(name, *case, trace=0)
+            differ = check(h, want)
             print(f"{name}, {rows} rows: {differ} of {h.numel()} values differ", file=sys.stderr)
-            found[name] = (*found.get(name, ()), launched)
+            found[name] += (launched,)
     return found
 
 
