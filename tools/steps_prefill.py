@@ -315,7 +315,7 @@ def ring_kernel(
         w_step = read(w_ring.index(k % RING), 64, COLUMNS, w_in_lds(COLUMNS), W)
         acc = mfma(acc, x_step, x_scales, w_step, w_scales, g)
         x_scales, w_scales = x_next, w_next
-    wait(0)  # for the zeros: the end uses LDS, too
+    wait(0)  # for the zeros: they must not arrive when LDS is another workgroup's
     to = h, h_scale, 1.0, 1.0, LIMIT
     store_quadrants(quadrants_of(acc), tile, start, store_swiglu, to, g)
 
@@ -411,7 +411,7 @@ def sliced_kernel(
             copy_piece(w_ring[s][1], ws[1], k + 2, g)
             bottom_right = mfma(bottom_right, x_bottom, x_bottom_scale, w_right, w_right_scale, g)
             scales = scales_next
-    wait(0)  # for the zeros: the end uses LDS, too
+    wait(0)  # for the zeros: they must not arrive when LDS is another workgroup's
     to = h, h_scale, 1.0, 1.0, LIMIT
     quadrants = top_left, bottom_left, top_right, bottom_right
     store_quadrants(quadrants, tile, start, store_swiglu, to, g)
