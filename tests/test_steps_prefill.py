@@ -3,6 +3,7 @@ assembly, its table, and the pictures."""
 
 import functools
 import re
+import types
 
 import counts
 import draw_layouts
@@ -165,6 +166,50 @@ def test_what_the_page_says_of_the_assembly():
 def test_the_table_is_what_is_counted():
     text = (counts.DOCS / "porting.md").read_text()
     assert dict(counts.MARK.findall(text))["prefill steps"] == steps_prefill.steps_table() + "\n"
+
+
+def test_figures_of_the_text_are_in_the_table():
+    text = (counts.DOCS / "porting.md").read_text()
+    table = dict(counts.MARK.findall(text))["prefill steps"]
+    steps = text[text.index("### Step 0: through registers") :]
+    figures = set(re.findall(r"\d+%|\d{1,3},\d{3}|\d{3}(?= cycles)", steps))
+    # the matrix cycles of a wave and step, and what docs/kernels.md says the weights are
+    assert len(figures) >= 14 and figures - {"1,024", "1,128"} <= set(
+        re.findall(r"[\d,]+%?", table)
+    )
+
+
+def test_the_model_by_hand():
+    """Instructions of a wave: what it issues is 4 cycles apart, unless it waits."""
+
+    def launch(*instructions):
+        code = [
+            types.SimpleNamespace(klass=kind, cycles=32 * (kind == "matrix"), mods=mods)
+            for kind, mods in instructions
+        ]
+        counters = types.SimpleNamespace(lds_cycles=[8] * len(code), counts=[4] * len(code))
+        return types.SimpleNamespace(
+            program=types.SimpleNamespace(code=code),
+            trace=[*range(len(code))],
+            counters=counters,
+            waves=8,
+            grid=(2, 1, 1),
+        )
+
+    matrix, load, lds = ("matrix", {}), ("vector load", {}), ("lds", {})
+    wave = launch(
+        load, matrix, ("wait", {"vmcnt": 0}), matrix, lds, ("wait", {"lgkmcnt": 0}), matrix
+    )
+    # LDS takes 2 cycles for each of 4 waves, from 108 on; then the pipe is still busy
+    played = steps_prefill.play(wave, latency=100)
+    assert played == ([(4, 36), (104, 136), (136, 168)], {0: 8}, 140)
+    # of two loads, one may be on its way
+    wave = launch(load, load, ("wait", {"vmcnt": 1}), matrix)
+    assert steps_prefill.play(wave, latency=100) == ([(104, 136)], {0: 8}, 108)
+    # two workgroups share the pipe, whoever asks first: at 0 and 4, at 10, at 36
+    played = steps_prefill.play(launch(matrix, matrix, matrix), 2, delay=10)
+    assert played == ([(0, 32), (32, 64), (64, 96), (96, 128)], {}, 100)
+    assert steps_prefill.matrix_pipe_busy(launch(*[matrix] * 64), 2, 0) == 1
 
 
 @pytest.mark.parametrize("name", draw_layouts.DRAWINGS)
