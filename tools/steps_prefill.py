@@ -614,7 +614,7 @@ def play(launch, workgroups=1, latency=0.0, tiles=1, delay=0.0) -> Played:
                 clock = max(clock, arrives)
             del group.asked[: max(0, first)]
         group.clock, group.position = clock + draw_loop.ISSUE, group.position + 1
-    return Played(matrix, flights, min(group.clock for group in groups))
+    return Played(matrix, flights, group.clock)
 
 
 def matrix_pipe_busy(launch, workgroups: int, latency: float) -> float:
