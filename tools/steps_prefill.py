@@ -353,7 +353,8 @@ def sliced_kernel(
         copy         w left k+2      x top k+2       x bottom k+2    w right k+2
         multiply     top left        bottom left     top right       bottom right
 
-    In flight after each wait: the five pieces that were issued last."""
+    In flight after each wait: of what was issued last, as many loads as five pieces are. The next
+    step's scales, which are loads as well, take the place of some."""
     tile, start = tile_of_grid(tiles, num_tiles)
     if tile.count == 0:
         return
