@@ -158,6 +158,14 @@ def resources(launch):
     }
 
 
+def kb_in_flight(launch, workgroups):
+    """KB that a CU has asked for and waits for, where so many workgroups have work. Resident on it
+    is what its 4 SIMDs hold, in whole workgroups, or what there is for 256 CUs."""
+    waves = launch.waves // int(np.prod(launch.grid))  # of a workgroup
+    most = launch.profile["occupancy"] * SIMDS // waves * waves
+    return min(most, workgroups * waves / CUS) * launch.counters.peak_bytes_in_flight / 1000
+
+
 def table(launch):
     """The launch's static profile, counts, bytes and modelled resources as text."""
     lines = [

@@ -12,6 +12,7 @@ import steps_prefill
 import torch
 import triton
 from steps_prefill import LAUNCHERS, check, emulated, expected, made_up, routed
+from tables import MARK
 from test_gfx950_kernels import replace
 
 import gfx950
@@ -165,12 +166,12 @@ def test_what_the_page_says_of_the_assembly():
 @pinned_compiler
 def test_the_table_is_what_is_counted():
     text = (counts.DOCS / "porting.md").read_text()
-    assert dict(counts.MARK.findall(text))["prefill steps"] == steps_prefill.steps_table() + "\n"
+    assert dict(MARK.findall(text))["prefill steps"] == steps_prefill.steps_table() + "\n"
 
 
 def test_figures_of_the_text_are_in_the_table():
     text = (counts.DOCS / "porting.md").read_text()
-    table = dict(counts.MARK.findall(text))["prefill steps"]
+    table = dict(MARK.findall(text))["prefill steps"]
     steps = text[text.index("### Step 0: through registers") :].partition("\n## ")[0]
     figures = set(re.findall(r"\d+%|\d{1,3},\d{3}|\d{3}(?= cycles)", steps))
     # the matrix cycles of a wave and step, and what docs/kernels.md says the weights are

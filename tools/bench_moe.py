@@ -49,8 +49,8 @@ def expert_bytes(values: int, activations: str) -> int:
     return values * 2 if activations == "bf16" else values * 17 // 32
 
 
-def packed_experts(activations: str, experts: int = 128, H: int = 2880, inner: int = 2880):
-    """Made-up experts of one layer, as the kernels read them."""
+def random_experts(layout: str, experts: int, H: int, inner: int) -> weights.Experts:
+    """Made-up experts of one layer, with static scales for fp8."""
     config = replace(
         weights.published("120b"),
         num_hidden_layers=1,
@@ -61,10 +61,14 @@ def packed_experts(activations: str, experts: int = 128, H: int = 2880, inner: i
         hidden_size=H,
         intermediate_size=inner,
     )
-    layout = "hf-bf16" if activations == "bf16" else "openai"
     made = weights.random(config, layout).experts[0]
-    made = replace(made, gate_up_input_scale=0.02, down_input_scale=0.01)
-    return moe_gluon.prepare(made, activations)
+    return replace(made, gate_up_input_scale=0.02, down_input_scale=0.01)
+
+
+def packed_experts(activations: str, experts: int = 128, H: int = 2880, inner: int = 2880):
+    """The same as the kernels read them."""
+    layout = "hf-bf16" if activations == "bf16" else "openai"
+    return moe_gluon.prepare(random_experts(layout, experts, H, inner), activations)
 
 
 def expected_experts(experts: int, top_k: int, tokens: int) -> float:

@@ -10,7 +10,6 @@ numbers of source lines, which every edit moves."""
 
 import argparse
 import collections
-import difflib
 import math
 import re
 import sys
@@ -26,7 +25,9 @@ from triton.experimental import gluon
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import draw_loop
+import steps
 from bench_moe import expert_bytes, packed_experts
+from tables import MARK, refresh
 
 import gfx950
 import gptoss
@@ -35,6 +36,7 @@ import ops_triton
 import weights
 from bench import table
 from gfx950 import isa
+from gfx950.counters import kb_in_flight
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -54,14 +56,6 @@ def inputs(T: int, E: int, H: int) -> tuple:
 
 # --------------------------------------------------------------------------------------------------
 # Decode
-
-
-def kb_in_flight(launch, workgroups: int) -> float:
-    """KB that a CU has asked for and waits for, modelled, where so many workgroups have work."""
-    waves = launch.waves // math.prod(launch.grid)  # of a workgroup
-    # Resident on a CU: what its 4 SIMDs hold, in whole workgroups, or what there is for 256.
-    resident = min(launch.profile["occupancy"] * 4 // waves * waves, workgroups * waves / 256)
-    return resident * launch.counters.peak_bytes_in_flight / 1000
 
 
 def decode(T: int, activations: str, packed) -> dict:
@@ -456,17 +450,8 @@ TABLES: dict[str, tuple[Callable[[], str], bool]] = {
     "prefill bytes": (bytes_table, True),
     "prefill steps": (prefill_steps_table, True),
     "instructions": (instruction_table, True),
+    **{name: (make, True) for name, make in steps.TABLES.items()},
 }
-MARK = re.compile(r"<!-- counts: (.*?) -->\n(.*?)<!-- end -->", re.S)
-
-
-def write(file: Path, name: str, text: str) -> None:
-    """Puts a table into its place. Exits where the file has none."""
-    old = {name: old for name, old in MARK.findall(file.read_text())}
-    if name not in old:
-        sys.exit(f"{file} has no <!-- counts: {name} --> with an <!-- end -->")
-    mark = f"<!-- counts: {name} -->\n"
-    file.write_text(file.read_text().replace(mark + old[name], f"{mark}{text}\n"))
 
 
 def same_drawing(a: str, b: str) -> bool:
@@ -481,27 +466,20 @@ def main() -> int:
         sys.exit(f"docs/ holds what triton {pinned} compiles, this is {triton.__version__}")
     parser = argparse.ArgumentParser(description="Write or check the tables of docs/.")
     parser.add_argument("--check", action="store_true", help="compare the cheap tables, write none")
-    args, wrong = parser.parse_args(), 0
-    for file in sorted(DOCS.glob("*.md")):
-        for name, old in MARK.findall(file.read_text()):
-            make, cheap = TABLES[name]
-            if args.check and not cheap:
-                continue
-            new = make() + "\n"
-            print(f"{file.name}: {name}{' is as printed' * (old == new)}", file=sys.stderr)
-            if args.check and old != new:
-                wrong = 1
-                diff = difflib.unified_diff(old.splitlines(), new.splitlines(), "file", "counted")
-                print("\n".join(diff))
-            if not args.check:
-                write(file, name, new.removesuffix("\n"))
+    args = parser.parse_args()
+    files = sorted(DOCS.glob("*.md"))
+    for name in (name for file in files for name, _ in MARK.findall(file.read_text())):
+        if name not in TABLES:
+            sys.exit(f"docs/ has a table {name!r}, which nothing here prints")
+    made = {name: make for name, (make, cheap) in TABLES.items() if cheap or not args.check}
+    wrong = sum(not refresh(file, made, args.check) for file in files)
     drawing, file = draw_loop.drawing(), DOCS / "loop.svg"
     if not args.check:
         file.write_text(drawing)
     elif not same_drawing(drawing, file.read_text()):
         print("docs/loop.svg is not what tools/draw_loop.py draws: run it")
         wrong = 1
-    return wrong
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import math
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +31,8 @@ from triton.experimental import gluon
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import counts
 import draw_loop
+from bench_moe import random_experts
+from tables import refresh
 
 import gfx950
 import gptoss
@@ -491,22 +492,12 @@ class Layer(NamedTuple):
     top_k: int
 
 
-def made_up(T: int, E: int, H: int, inner: int, top_k: int, seed: int = 0) -> Layer:
+def made_up(T: int, E: int, H: int, inner: int, top_k: int) -> Layer:
     """A layer under which tokens choose their experts nearly independently."""
-    g = torch.Generator().manual_seed(seed)
-    config = replace(
-        weights.published("120b"),
-        num_hidden_layers=1,
-        layer_types=("full_attention",),
-        vocab_size=1,
-        num_local_experts=E,
-        num_experts_per_tok=top_k,
-        hidden_size=H,
-        intermediate_size=inner,
-    )
+    g = torch.Generator().manual_seed(0)
     x = torch.randn(T, H, generator=g) * torch.randn(T, 1, generator=g).exp()
     router = torch.randn(E, H, generator=g) * H**-0.5
-    experts = weights.random(config, "openai", seed=seed).experts[0]
+    experts = random_experts("openai", E, H, inner)
     return Layer(x.bfloat16(), router.bfloat16(), torch.zeros(E).bfloat16(), experts, top_k)
 
 
@@ -759,7 +750,7 @@ def main() -> None:
     text = steps_table(found)
     print(text)
     if args.write:
-        counts.write(counts.DOCS / "porting.md", "prefill steps", text)
+        refresh(counts.DOCS / "porting.md", {"prefill steps": lambda: text}, check=False)
     if args.draw:
         args.draw.mkdir(parents=True, exist_ok=True)
         for name, (launch, _) in found.items():
