@@ -1,4 +1,4 @@
-"""Prints the tables of docs/kernels.md and docs/emulator.md, and writes them and docs/loop.svg.
+"""Prints the tables of docs/, and writes them and docs/loop.svg.
 
     python tools/counts.py              writes every table (eight minutes on two cores)
     python tools/counts.py --check      compares the cheap ones; exit 1 if one differs
@@ -371,11 +371,11 @@ def order(tiles, N):
     return chiplets
 
 
-def prefill_bytes(T: int) -> list[dict]:
-    """Of 120b's GEMMs for tokens that choose 4 of 128 experts independently. What is requested is
-    exact: a tile asks for its columns of weights once, a panel for its rows once. What comes from
-    memory is modelled: the L2 of a chiplet keeps what the 64 workgroups share that run there at a
-    time, and nothing longer."""
+def prefill_bytes(T: int, order: Callable = order) -> list[dict]:
+    """Of 120b's GEMMs for tokens that choose 4 of 128 experts independently, in this order. What is
+    requested is exact: a tile asks for its columns of weights once, a panel for its rows once. What
+    comes from memory is modelled: the L2 of a chiplet keeps what the 64 workgroups share that run
+    there at a time, and nothing longer."""
     g = torch.Generator().manual_seed(0)
     chosen = torch.rand(T, 128, generator=g).topk(4).indices.flatten()
     rows = chosen.bincount(minlength=128).tolist()
@@ -431,6 +431,12 @@ def instruction_table() -> str:
     return table([("arithmetic instructions", "prefix", ""), ("known", "count", "d")], rows)
 
 
+def prefill_steps_table() -> str:
+    import steps_prefill  # which imports this
+
+    return steps_prefill.steps_table()
+
+
 # --------------------------------------------------------------------------------------------------
 # The files
 
@@ -442,6 +448,7 @@ TABLES: dict[str, tuple[Callable[[], str], bool]] = {
     "prefill loop, 8-bit activations": (lambda: loop_table(("fp8", "mxfp8")), True),
     "prefill loop, mxfp4 and bf16": (lambda: loop_table(("mxfp4", "bf16")), False),
     "prefill bytes": (bytes_table, True),
+    "prefill steps": (prefill_steps_table, True),
     "instructions": (instruction_table, True),
     **{name: (make, True) for name, make in steps.TABLES.items()},
 }
