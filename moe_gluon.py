@@ -843,11 +843,13 @@ def dispatch_kernel(
     tile = load_tile(tiles, t)
     pair = load_pairs(pairs, tile, g.BM, only(1, g.x))
     scale_pair = load_pairs(pairs, tile, g.BM, only(1, g.x_scale))
-    n = column_of(j * g.BN + gl.arange(0, g.BN, only(1, g.out)))
-    bias = cdna4.buffer_load(bias, tile.expert * g.N + n)
+    # rows without a place ask for no bias
+    n = column_of(j * g.BN + iota(1, g.BN, g.out))
+    exists = iota(0, g.BM, g.out) < tile.count
+    bias = cdna4.buffer_load(bias, tile.expert * g.N + n, mask=exists)
     w, w_scale = weights_at(w, w_scale, tile.expert, j * g.BN, g)
     acc = expert_gemm(x, x_scale, pair, scale_pair, tile.count, w, w_scale, SLOTS, g)
-    y = swiglu(acc * x_static + bias[None, :], LIMIT)
+    y = swiglu(acc * x_static + bias, LIMIT)
     if g.STATIC:
         y = y * (1 / h_static)
     store_group(y, h, h_scale, tile.first, tile.count, j, g.N // 2, g.X, g.MX, True)
