@@ -7,11 +7,11 @@
     torchrun --nproc-per-node 2 bench.py --checkpoint random:120b      a model on two GPUs
 
 A round submits `concurrency` distinct random prompts at once and takes --output greedy tokens of
-each; the first round is warm-up and left out. TTFT is the time to a request's first token, waiting
-for the prompts before it included. TPOT is (t_last - t_first) / (n - 1) of a request. A step is the
-median interval between two tokens of a request while all of them decode. The floor is the bytes
-that a step must read at the bandwidth of a large copy, measured on the device; of several ranks,
-what rank 0 reads.
+each; the first round is warm-up, and only its first token is reported: what has not been compiled
+yet is compiled before it. TTFT is the time to a request's first token, waiting for the prompts
+before it included. TPOT is (t_last - t_first) / (n - 1) of a request. A step is the median interval
+between two tokens of a request while all of them decode. The floor is the bytes that a step must
+read at the bandwidth of a large copy, measured on the device; of several ranks, what rank 0 reads.
 
 Tables go to stdout, progress and errors to stderr; exit 0, 1 (bad checkpoint, no memory), 2
 (usage), 130 (interrupted). --json prints the rows instead; times are ms unless named otherwise.
@@ -241,9 +241,11 @@ def measure(args, systems: list[System], bandwidth: float) -> tuple[list[dict], 
             prompts = [draw.choices(vocabulary, k=args.input) for _ in range(concurrency)]
             for system, rounds in list(zip(systems, played, strict=True))[:: -1 if n % 2 else 1]:
                 rounds.append(play(system, prompts, args.output))
+        cold = [1e3 * min(times[0] for times in rounds[0]) for rounds in played]
         played = [rounds[1:] for rounds in played]  # without the warm-up
-        for system, rounds in zip(systems, played, strict=True):
+        for system, rounds, first in zip(systems, played, cold, strict=True):
             row = {"system": system.name, "concurrency": concurrency} | summary(rounds)
+            row["ttft_cold"] = first
             if system.model and row["step"]:
                 # The cache grows from input to input + output tokens: its mean.
                 active = met_experts(system.model, prompts)
@@ -276,6 +278,7 @@ COLUMNS = [
     ("concurrency", "concurrency", "d"),
     ("TTFT ms, median", "ttft", ".1f"),
     ("p99", "ttft_p99", ".1f"),
+    ("of the warm-up", "ttft_cold", ",.0f"),
     ("TPOT ms, median", "tpot", ".2f"),
     ("lowest round", "tpot_low", ".2f"),
     ("highest", "tpot_high", ".2f"),

@@ -73,7 +73,7 @@ class Step:
 
 
 class Ops(NamedTuple):
-    """The five operations in which devices differ. None of them sees a model or a layer, and none
+    """The six operations in which devices differ. None of them sees a model or a layer, and none
     writes to anything but the pool. EQUATIONS below are their definition."""
 
     prepare: Callable  # (experts, activations) -> packed; once a layer, at load
@@ -83,6 +83,7 @@ class Ops(NamedTuple):
     moe: Callable  # (x [T, H], router_weight, router_bias, packed, k, activations, limit) -> [T, H]
     capturable: bool  # no operation waits for the device: a decode step can be a graph
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # that x may have
+    linear: Callable = F.linear  # (x [T, K], weight [N, K], bias [N] | None) -> [T, N]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,7 +373,8 @@ def choose_ops(name: str, device: torch.device) -> Ops:
     """The operations called `name`: "torch", the equations; "triton", ops_triton's kernels;
     "gluon", these with moe_gluon's layer, for gfx950 exactly; "auto": gluon where a gfx950, real or
     emulated, is Triton's active device and `device` belongs to it, triton on any other GPU that
-    Triton drives, else torch. Raises ValueError for another name, and for what cannot run here."""
+    Triton drives, with moe_nvidia's kernels on NVIDIA's, else torch. Raises ValueError for another
+    name, and for what cannot run here."""
     if name not in OPS:
         raise ValueError(f"ops={name!r}, expected one of {', '.join(OPS)}")
     if name == "torch" or name == "auto" and not driven_by_triton(device):
@@ -383,14 +385,40 @@ def choose_ops(name: str, device: torch.device) -> Ops:
             f"{device}; use ops='torch'"
         )
     import moe_gluon
+    import moe_nvidia
     import ops_triton as t
 
-    triton = Ops(t.prepare, t.plan, t.add_norm, t.attention, t.moe, capturable=True)
+    triton = Ops(
+        t.prepare, t.plan, t.add_norm, t.attention, t.moe, capturable=True, linear=t.linear
+    )
+    if name == "auto" and moe_nvidia.is_supported():
+        return nvidia_ops(triton)
     if name == "triton" or name == "auto" and not moe_gluon.is_supported():
         return triton
     if not moe_gluon.is_supported():
         raise ValueError("ops='gluon' needs a gfx950 (MI350, MI355 or emulated); use ops='triton'")
     return triton._replace(prepare=moe_gluon.prepare, moe=moe_gluon.moe, dtypes=(torch.bfloat16,))
+
+
+def nvidia_ops(triton: Ops) -> Ops:
+    """Of ops_triton, with moe_nvidia's kernels for what they multiply: mxfp4 weights and bfloat16
+    activations of few tokens. Both read the same packed experts."""
+    import moe_nvidia
+
+    def prepare(experts: Experts, activations: str):
+        packed = experts.gate_up_scale is not None and activations == "bf16"
+        return (moe_nvidia if packed else triton).prepare(experts, activations)
+
+    def moe(x, router_weight, router_bias, packed, *options):
+        few = isinstance(packed, moe_nvidia.Packed) and len(x) <= moe_nvidia.MAX_TOKENS
+        few = few and x.dtype == router_weight.dtype == torch.bfloat16
+        return (moe_nvidia if few else triton).moe(x, router_weight, router_bias, packed, *options)
+
+    def linear(x, weight, bias=None):
+        few = moe_nvidia.multiplies(x, weight)
+        return (moe_nvidia if few else triton).linear(x, weight, bias)
+
+    return triton._replace(prepare=prepare, moe=moe, linear=linear)
 
 
 def driven_by_triton(device: torch.device) -> bool:
@@ -662,7 +690,7 @@ class GPTOSS:
         c, dense = self.config, checkpoint.dense
 
         def moved(name: str, dtype=self.dtype) -> Tensor:
-            return dense[name].to(self.device, dtype)
+            return dense[name].to(self.device, dtype).contiguous()  # a shard may be columns
 
         self.embedding, self.unembedding = moved("embedding"), moved("unembedding")
         self.norm = moved("norm", torch.float32)
@@ -697,9 +725,9 @@ class GPTOSS:
         x, plan = self.embedding[tokens], ops.plan(step, c)  # [T, H]
         for layer in self.layers:
             x, h = ops.add_norm(x, y, layer.attn_norm, c.rms_norm_eps)
-            qkv = F.linear(h, layer.qkv_weight, layer.qkv_bias)  # [T, (N + 2G) D]
+            qkv = ops.linear(h, layer.qkv_weight, layer.qkv_bias)  # [T, (N + 2G) D]
             a = ops.attention(qkv, layer.sinks, pool[layer.depth], layer.kind, plan)  # [T, N D]
-            y = total(F.linear(a, layer.out_weight, layer.out_bias))
+            y = total(ops.linear(a, layer.out_weight, layer.out_bias))
             x, h = ops.add_norm(x, y, layer.mlp_norm, c.rms_norm_eps)
             router, top_k = (layer.router_weight, layer.router_bias), c.num_experts_per_tok
             y = total(ops.moe(h, *router, layer.packed, top_k, self.activations, c.swiglu_limit))
@@ -707,7 +735,8 @@ class GPTOSS:
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states [T, H] -> logits, float32 [T, V]."""
-        return self.ranks.joined(F.linear(hidden, self.unembedding), self.config.vocab_size).float()
+        logits = self.ops.linear(hidden, self.unembedding)  # of the shard's part of V
+        return self.ranks.joined(logits, self.config.vocab_size).float()
 
     def sample(self, hidden: Tensor, draws: Tensor, sampling: "Sampling") -> Tensor:
         """The tokens that follow hidden states [S, H], see `sample`."""

@@ -1,8 +1,9 @@
-"""The five operations of a forward pass as Triton kernels, for every GPU that Triton compiles for.
+"""The six operations of a forward pass as Triton kernels, for every GPU that Triton compiles for.
 
-`prepare`, `plan`, `add_norm`, `attention` and `moe` have the signatures and the results of the
-operations of the same names in gptoss.py, which are their definition; none of them reads anything
-back from the device, so that a decode step can be captured as a graph. The letters are gptoss.py's:
+`prepare`, `plan`, `add_norm`, `linear`, `attention` and `moe` have the signatures and the results
+of the operations of the same names in gptoss.py, which are their definition; none of them reads
+anything back from the device, so that a decode step can be captured as a graph. The letters are
+gptoss.py's:
 
     T  tokens of a step, S sequences of Q each       H  hidden size       I  intermediate size
     N  query heads       G  key/value heads          D  head dim          E  experts
@@ -29,7 +30,8 @@ ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = 2^(x LOG2E)
 GROUP = tl.constexpr(32)  # values that share a scale (OCP Microscaling Formats v1.0, 5.2)
 DECODE_TOKENS = 16  # up to here: one tile of tokens meets the weights of each active expert
-SPLITS, SPLIT_KEYS = tl.constexpr(16), tl.constexpr(128)  # parts of a sequence's keys; of a part
+LINEAR_ROWS = 4  # of weights a program, of which each lane of 4 warps holds 1/128
+SPLITS, SPLIT_KEYS = tl.constexpr(16), tl.constexpr(128)  # most parts of a sequence; keys at once
 
 
 def next_power(n: int, least: int = 1) -> int:
@@ -53,13 +55,35 @@ def arrive(counter, lane, HIP: tl.constexpr):
     return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
 
 
+def overlapping() -> dict:
+    """Launch options under which a kernel starts while the one before still runs, where a GPU can:
+    programmatic dependent launch of sm_90 and newer (CUDA C++ Programming Guide, "Programmatic
+    Dependent Launch and Synchronization")."""
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "cuda" and target.arch >= 90:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@triton.jit
+def await_earlier(PDL: tl.constexpr):
+    """Before a kernel's first access to what others write: lets the next one start, and waits until
+    the one before is done. As that has waited too, so is everything before it."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
 # --------------------------------------------------------------------------------------------------
 # Residual and norm
 
 
 @triton.jit
-def add_norm_kernel(x, y, scale, total, norm, H, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr):
+def add_norm_kernel(
+    x, y, scale, total, norm, H, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """A program a row."""
+    await_earlier(PDL)
     h = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * H + h
     wide = tl.load(x + at, mask=h < H, other=0.0).to(tl.float32)
@@ -82,9 +106,44 @@ def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, eps: float) -> tuple[Te
     warps = min(max(block // 512, 1), 16)
     if T:
         add_norm_kernel[(T,)](
-            x, y, scale, total, norm, H, eps, y is not None, block, num_warps=warps
+            x, y, scale, total, norm, H, eps, y is not None, block, num_warps=warps, **overlapping()
         )
     return total, norm
+
+
+# --------------------------------------------------------------------------------------------------
+# Dense layers
+
+
+@triton.jit
+def linear_kernel(
+    x, weight, bias, out, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program n: BN rows of the weights, all K of them at once, times one token."""
+    r, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    there = (r < N)[:, None] & (k < K)[None, :]
+    # Weights are no kernel's result: they are on their way while the one before still makes x.
+    w = tl.load(weight + r.to(tl.int64)[:, None] * K + k[None, :], mask=there, other=0.0)
+    await_earlier(PDL)
+    y = tl.sum(w.to(tl.float32) * tl.load(x + k, mask=k < K, other=0.0).to(tl.float32), 1)
+    if HAS_BIAS:
+        y += tl.load(bias + r, mask=r < N, other=0.0).to(tl.float32)
+    tl.store(out + r, y.to(out.dtype.element_ty), mask=r < N)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K], weight [N, K], bias [N] -> [T, N] in x's dtype. One token: one launch, and bytes
+    over bandwidth; the weights may be read before earlier launches are done. More: PyTorch's."""
+    if len(x) != 1:
+        return torch.nn.functional.linear(x, weight, bias)
+    N, K = weight.shape
+    out = x.new_empty(1, N)
+    linear_kernel[(triton.cdiv(N, LINEAR_ROWS),)](
+        x.contiguous(), weight, bias, out, N, K, LINEAR_ROWS, next_power(K), bias is not None,
+        num_warps=4, **overlapping(),
+    )  # fmt: skip
+    return out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -141,16 +200,21 @@ def plan(step, config) -> Plan:
 
 
 @triton.jit
-def rotated(head, cos, sin, d, live, D: tl.constexpr):
+def turn(cos, sin, d, live, D: tl.constexpr):
+    """What a head's elements d and those of their pairs are multiplied by. cos, sin: pointers to
+    the first element, broadcast against d."""
+    first = d < D // 2
+    at = tl.where(first, d, d - D // 2)
+    c, s = tl.load(cos + at, mask=live, other=0.0), tl.load(sin + at, mask=live, other=0.0)
+    return c, tl.where(first, -s, s)
+
+
+@triton.jit
+def rotated(head, c, s, d, live, D: tl.constexpr):
     """A head's elements d after rotary embedding, in its dtype: the pair of element i is
-    (i, i + D/2). head, cos, sin: pointers to the first element, broadcast against d."""
-    HALF: tl.constexpr = D // 2
-    first = d < HALF
+    (i, i + D/2). head: pointer to the first element, c, s: `turn`, broadcast against d."""
     x = tl.load(head + d, mask=live, other=0.0)
-    other = tl.load(head + tl.where(first, d + HALF, d - HALF), mask=live, other=0.0)
-    turn = tl.where(first, d, d - HALF)
-    c, s = tl.load(cos + turn, mask=live, other=0.0), tl.load(sin + turn, mask=live, other=0.0)
-    s = tl.where(first, -s, s)
+    other = tl.load(head + tl.where(d < D // 2, d + D // 2, d - D // 2), mask=live, other=0.0)
     return (x.to(tl.float32) * c + other.to(tl.float32) * s).to(x.dtype)
 
 
@@ -161,6 +225,16 @@ def cached(pool, table, position, g, C, G: tl.constexpr, D: tl.constexpr, PAGE: 
     page = tl.load(table + index // PAGE, mask=live, other=0)
     slot = (page * PAGE + index % PAGE).to(tl.int64)
     return pool + slot * (2 * G * D) + g * D
+
+
+@triton.jit
+def load_cached(
+    pool, table, key, end, g, d, C, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr
+):
+    """Keys and values [L, COLUMNS] of head g at positions `key` [L] before `end`."""
+    at = cached(pool, table, key, g, C, G, D, PAGE, key < end)[:, None] + d[None, :]
+    there = (key[:, None] < end) & (d[None, :] < D)
+    return tl.load(at, mask=there, other=0.0), tl.load(at + G * D, mask=there, other=0.0)
 
 
 @triton.jit
@@ -180,7 +254,8 @@ def attend(q, k, v, seen, top, total, acc, scale):
 def decode_kernel(
     qkv, sinks, pool, out, cos, sin, positions, table, parts, arrived, P, scale,
     WINDOW: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr, HIP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HIP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (g, s, z): part z of the keys that sequence s's one token sees, for the M query heads
     of key head g. Part 0 has the token's own key, which it caches, and the sinks. How many parts
@@ -188,8 +263,6 @@ def decode_kernel(
     sequence gets: a row that repeats its token then meets no other experts than that."""
     g, s, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + s)
-    m, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    live = (m[:, None] < M) & (d[None, :] < D)
     if position < 0:
         return
     first = 0
@@ -198,39 +271,44 @@ def decode_kernel(
     used = tl.minimum(tl.maximum(tl.cdiv(position - first, SPLIT_KEYS), 1), SPLITS)
     if z >= used:
         return
+    length = tl.cdiv(position - first, used)  # of a part
+    begin = first + z * length
+    end = tl.minimum(begin + length, position)
+    m, d, key = tl.arange(0, ROWS), tl.arange(0, COLUMNS), begin + tl.arange(0, SPLIT_KEYS)
+    live = (m[:, None] < M) & (d[None, :] < D)
+    table += s * P
+    C = P * PAGE
+    # What is no result of this layer is on its way while the kernel before makes qkv.
+    k, v = load_cached(pool, table, key, end, g, d, C, G, D, PAGE)
+    slot = cached(pool, table, position, g, C, G, D, PAGE, True)
+    column = d[None, :]
+    inside = column < D
+    cosine, sine = turn(cos + s * (D // 2), sin + s * (D // 2), column, inside, D)
+    sink = tl.load(sinks + g * M + m, mask=m < M, other=0.0).to(tl.float32) * LOG2E
+    await_earlier(PDL)
 
-    cos += s * (D // 2)
-    sin += s * (D // 2)
     qkv += s.to(tl.int64) * ((M * G + 2 * G) * D)
-    q = rotated(qkv + (g * M + m[:, None]) * D, cos, sin, d[None, :], live, D)
+    q = rotated(qkv + (g * M + m[:, None]) * D, cosine, sine, column, live, D)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    table += s * P
-    C = P * PAGE
     if z == 0:
         qkv += (G * M + g) * D
-        own_k = rotated(qkv, cos, sin, d, d < D, D)
-        own_v = tl.load(qkv + G * D + d, mask=d < D, other=0.0)
-        slot = cached(pool, table, position, g, C, G, D, PAGE, True) + d
-        tl.store(slot, own_k, mask=d < D)
-        tl.store(slot + G * D, own_v, mask=d < D)
-        logit = tl.sum(q.to(tl.float32) * own_k.to(tl.float32)[None, :], 1) * scale
-        sink = tl.load(sinks + g * M + m, mask=m < M, other=0.0).to(tl.float32) * LOG2E
+        own_k = rotated(qkv, cosine, sine, column, inside, D)  # [1, COLUMNS]
+        own_v = tl.load(qkv + G * D + column, mask=inside, other=0.0)
+        tl.store(slot + column, own_k, mask=inside)
+        tl.store(slot + G * D + column, own_v, mask=inside)
+        logit = tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1) * scale
         top = tl.maximum(logit, sink)
         own = tl.exp2(logit - top)
         total = own + tl.exp2(sink - top)
-        acc = own[:, None] * own_v.to(tl.float32)[None, :]
+        acc = own[:, None] * own_v.to(tl.float32)
 
-    length = tl.cdiv(tl.cdiv(position - first, used), KEYS) * KEYS  # of a part
-    begin = first + z * length
-    end = tl.minimum(begin + length, position)
-    for start in tl.range(begin, end, KEYS):
-        key = start + tl.arange(0, KEYS)
-        at = cached(pool, table, key, g, C, G, D, PAGE, key < end)[:, None] + d[None, :]
-        there = (key[:, None] < end) & (d[None, :] < D)
-        k = tl.load(at, mask=there, other=0.0)
-        v = tl.load(at + G * D, mask=there, other=0.0)
+    # No part is empty but the only one of a sequence's first token.
+    top, total, acc = attend(q, k, v, (key < end)[None, :], top, total, acc, scale)
+    for start in tl.range(begin + SPLIT_KEYS, end, SPLIT_KEYS):
+        key = start + tl.arange(0, SPLIT_KEYS)
+        k, v = load_cached(pool, table, key, end, g, d, C, G, D, PAGE)
         top, total, acc = attend(q, k, v, (key < end)[None, :], top, total, acc, scale)
 
     if used > 1:
@@ -243,15 +321,15 @@ def decode_kernel(
         if arrive(arrived + s * G + g, m, HIP) < used - 1:
             return
         tl.store(arrived + s * G + g, 0)
-        # all parts at once: in a loop the latencies of its loads would add up
+        # All parts at once: in a loop the latencies of its loads would add up.
         part = tl.arange(0, SPLITS)[:, None]
         theirs = parts + row[None, :] + part * (ROWS * (COLUMNS + 4))  # [SPLITS, ROWS]
         there = (part < used) & (m[None, :] < M)
         tops = tl.load(theirs + COLUMNS, mask=there, other=-float("inf"))
+        totals = tl.load(theirs + COLUMNS + 1, mask=there, other=0.0)
+        theirs = tl.load(theirs[:, :, None] + d[None, None, :], mask=there[:, :, None], other=0.0)
         share = tl.exp2(tops - tl.maximum(tl.max(tops, 0), -1e30)[None, :])
-        total = tl.sum(share * tl.load(theirs + COLUMNS + 1, mask=there, other=0.0), 0)
-        theirs = theirs[:, :, None] + d[None, None, :]
-        theirs = tl.load(theirs, mask=there[:, :, None], other=0.0)
+        total = tl.sum(share * totals, 0)
         acc = tl.sum(share[:, :, None] * theirs, 0)
     into = out + (s * G * M + g * M + m[:, None]) * D + d[None, :]
     mean = (acc / total[:, None]).to(out.dtype.element_ty)
@@ -281,14 +359,10 @@ def prefill_kernel(
     token = s.to(tl.int64) * Q + query
     live = ((m < M) & (query < Q))[:, None] & (d[None, :] < D)
     WIDTH: tl.constexpr = (M * G + 2 * G) * D  # of a token in qkv
-    q = rotated(
-        qkv + token[:, None] * WIDTH + (g * M + m[:, None]) * D,
-        cos + token[:, None] * (D // 2),
-        sin + token[:, None] * (D // 2),
-        d[None, :],
-        live,
-        D,
-    )
+    angles = token[:, None] * (D // 2)
+    cosine, sine = turn(cos + angles, sin + angles, d[None, :], live, D)
+    head = qkv + token[:, None] * WIDTH + (g * M + m[:, None]) * D
+    q = rotated(head, cosine, sine, d[None, :], live, D)
     sink = tl.load(sinks + g * M + m, mask=m < M, other=0.0).to(tl.float32) * LOG2E
     top, total = sink, tl.full([HEADS * QUERIES], 1.0, tl.float32)  # the sink's own share
     acc = tl.zeros([HEADS * QUERIES, COLUMNS], tl.float32)
@@ -301,10 +375,7 @@ def prefill_kernel(
     table += s * P
     for start in tl.range(first, begin, KEYS):
         key = start + tl.arange(0, KEYS)
-        at = cached(pool, table, key, g, P * PAGE, G, D, PAGE, key < begin)[:, None] + d[None, :]
-        there = (key[:, None] < begin) & (d[None, :] < D)
-        k = tl.load(at, mask=there, other=0.0)
-        v = tl.load(at + G * D, mask=there, other=0.0)
+        k, v = load_cached(pool, table, key, begin, g, d, P * PAGE, G, D, PAGE)
         seen = (key < begin)[None, :] & (key[None, :] <= position[:, None])
         if WINDOW > 0:
             seen &= key[None, :] > position[:, None] - WINDOW
@@ -333,7 +404,8 @@ def rotate_keys_kernel(
     """Program (token, g)."""
     token, g, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, COLUMNS)
     head = qkv + (token * (M * G + 2 * G) + M * G + g) * D
-    k = rotated(head, cos + token * (D // 2), sin + token * (D // 2), d, d < D, D)
+    c, s = turn(cos + token * (D // 2), sin + token * (D // 2), d, d < D, D)
+    k = rotated(head, c, s, d, d < D, D)
     tl.store(keys + (token * G + g) * D + d, k, mask=d < D)
 
 
@@ -381,7 +453,7 @@ def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -
         parts = qkv.new_empty(S * G * splits, rows, columns + 4, dtype=torch.float32)
         decode_kernel[(G, S, splits)](
             qkv, sinks, pool, out, *step, table, parts, plan.arrived, P, scale, window,
-            plan.page_size, M, G, D, rows, columns, 64, on_hip(), num_warps=4,
+            plan.page_size, M, G, D, rows, columns, on_hip(), num_warps=4, **overlapping(),
         )  # fmt: skip
         return out
     keys = qkv.new_empty(T, G, D)
@@ -619,12 +691,13 @@ def route_kernel(
     x, router_weight, router_bias, logits, chosen, gates, experts, rows, count, seen, arrived, T,
     scale, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
     PART: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, ACTIVATIONS: tl.constexpr,
-    DECODE: tl.constexpr, HIP: tl.constexpr,
+    DECODE: tl.constexpr, HIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (p, z, b): logits of EXPERTS experts for TOKENS tokens over part z of H, PART long;
     p = 0 rounds this part of x to `seen`, as the first GEMM sees it. The last program of a block of
     tokens to arrive adds the parts up and selects each token's experts. In decode it then lists the
     active experts, and for each of them a row of pairs, by token, -1 for those not routed to it."""
+    await_earlier(PDL)
     PADDED_E: tl.constexpr = triton.next_power_of_2(E)
     p, z, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = block * TOKENS + tl.arange(0, TOKENS)
@@ -772,13 +845,14 @@ def expert_kernel(
     down_scale, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, ACTIVATIONS: tl.constexpr,
     DISPATCH: tl.constexpr, DECODE: tl.constexpr, MX: tl.constexpr, WIDE: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    HIP: tl.constexpr,
+    HIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (n, tile, z): BN rows of the tile's expert times the inputs of its BM pairs, over
     part z of SPLIT of K; weights are the left operand, pairs the columns. DISPATCH: the first GEMM,
     bias and SwiGLU -> h [pairs, N/2], as the second GEMM sees it. Else the second GEMM and bias,
     times the gate weight -> h float32 [SPLIT, pairs, N]; in decode, the last program for these rows
     to arrive adds up the parts and the TOP_K pairs of each token -> out [T, N]."""
+    await_earlier(PDL)
     NB: tl.constexpr = BN // 16
     BLOCKS: tl.constexpr = (N + 15) // 16  # of 16 rows
     n, tile, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -896,26 +970,24 @@ class Tile(NamedTuple):
 
 def tiles_for(T: int, rows: float, mxfp4: bool, dtype: torch.dtype, hip: bool) -> tuple[Tile, Tile]:
     """The tiles of the two GEMMs, of equal BM, for T tokens of a dtype and `rows` pairs an expert
-    in the mean. mxfp4: the weights are, else bfloat16.
-
-    Above decode two stages: with three or four, Triton 3.6 on an H100 gave a tile of another result
-    in one of 1,000 to 4,000 calls (left operands of wgmma from registers that the next stage
-    refills); with two in none of 6,400, at 1.4 times the time (docs/performance.md)."""
+    in the mean. mxfp4: the weights are, else bfloat16."""
     if dtype == torch.float32:  # multiplied without the matrix units: the sums of IEEE's float32
         first = second = Tile(64, 16, 64, 4, 1)
     elif T <= DECODE_TOKENS:
         first, second = Tile(64, 16, 256, 4, 4), Tile(64, 16, 256, 4, 4, 2)
     elif rows <= 8:
-        first = second = Tile(128, 16, 128, 8, 2)
+        first = second = Tile(128, 16, 128, 8, 4)
     elif rows <= 24:
-        first = second = Tile(128, 32, 128, 8, 2)
+        first = second = Tile(128, 32, 128, 8, 4)
     elif rows <= 48:
-        first = second = Tile(128, 64, 64, 8, 2)
+        first = second = Tile(128, 64, 64, 8, 4)
     else:
-        first = second = Tile(128, 128, 64, 8, 2)
+        first = second = Tile(128, 128, 64, 8, 4)
     if not mxfp4 or hip:  # to fit into the local memory of all; to registers, where HIP prefetches
-        BK = 128 if mxfp4 else 64
-        first, second = (t._replace(BK=min(t.BK, BK), stages=2) for t in (first, second))
+        BK, stages = (128, 2) if mxfp4 else (64, 2 if hip else 3)
+        first, second = (
+            t._replace(BK=min(t.BK, BK), stages=min(t.stages, stages)) for t in (first, second)
+        )
     return first, second
 
 
@@ -963,7 +1035,7 @@ def moe(
     route_kernel[(triton.cdiv(E, size), parts, triton.cdiv(T, tokens))](
         x, router_weight, router_bias, logits, chosen, gates, experts, rows, count, seen,
         packed.arrived, T, packed.gate_up.input_scale, H, E, top_k, size, part, tokens, 128,
-        activations, decode, hip, num_warps=4, num_stages=2 if hip else 3,
+        activations, decode, hip, num_warps=4, num_stages=2 if hip else 3, **overlapping(),
     )  # fmt: skip
     if not decode:
         step, warps = (1024, 4) if R <= 1024 else (4096, 8)
@@ -979,7 +1051,7 @@ def moe(
             out, packed.arrived, T, weight.input_scale, swiglu_limit, packed.down.input_scale,
             weight.N, weight.K, top_k, activations, weight is packed.gate_up, decode,
             weight.scale is not None, weight.wide, *tile[:3], tile.split, tile.stages, hip,
-            num_warps=tile.warps,
+            num_warps=tile.warps, **overlapping(),
         )  # fmt: skip
     if not decode:
         sum_kernel[(T, triton.cdiv(H, 1024))](y, out, T, H, top_k, 1024, num_warps=4)

@@ -23,6 +23,7 @@ from .counters import Counters, resources, table
 from .decode import Unsupported
 from .machine import GPUFault, Machine, prepare
 from .memory import Span
+from .sums import RULES
 
 __all__ = ["GPUFault", "Launch", "Unsupported", "compile_only", "emulate", "resources", "table"]
 LDS_BYTES = 160 * 1024
@@ -196,7 +197,8 @@ KERNARG = 1 << 50  # above every tensor
 
 
 class Session:
-    def __init__(self, timing, schedule, seed, execute, trace=None):
+    def __init__(self, timing, schedule, seed, execute, trace=None, sums="exact"):
+        self.sums = sums
         self.timing, self.schedule, self.execute, self.trace = timing, schedule, execute, trace
         self.rng, self.launches = np.random.default_rng(seed), []
 
@@ -238,6 +240,7 @@ class Session:
             self.rng,
             lists,
             self.trace,
+            self.sums,
         )
         started = time.perf_counter()
         machine.run()
@@ -305,7 +308,7 @@ def activate(session):
 
 
 @contextmanager
-def emulate(timing="lazy", schedule="lockstep", seed=0, trace=None):
+def emulate(timing="lazy", schedule="lockstep", seed=0, trace=None, sums="exact"):
     """Inside the block every Triton kernel launched on CPU tensors is compiled for gfx950 and its
     assembly executed.
 
@@ -313,18 +316,17 @@ def emulate(timing="lazy", schedule="lockstep", seed=0, trace=None):
     "random" (in between). schedule: "lockstep" (waves of a workgroup together), "skew" (one wave
     far ahead), "random". trace: a workgroup, counted along x, then y, then z: each launch then
     keeps the instruction numbers its wave 0 executed, in order, as `launch.trace` (empty where the
-    grid is smaller). Raises GPUFault for faults of the kernel and Unsupported for instructions the
+    grid is smaller). sums: the rule for sums inside matrix instructions, "exact", or "chain" or
+    "cdna3" of `sums`. Raises GPUFault for faults of the kernel and Unsupported for instructions the
     emulator does not know, both naming the Python line."""
     for value, allowed in (
         (timing, ("lazy", "eager", "random")),
         (schedule, ("lockstep", "skew", "random")),
+        (sums, ("exact", *RULES)),
     ):
         if value not in allowed:
             raise ValueError(f"{value!r} is none of {allowed}")
-    with (
-        activate(Session(timing, schedule, seed, execute=True, trace=trace)) as session,
-        PoisonEmpty(),
-    ):
+    with activate(Session(timing, schedule, seed, True, trace, sums)) as session, PoisonEmpty():
         yield session
 
 

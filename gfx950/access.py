@@ -65,9 +65,9 @@ def pair(read, index):
 
 
 def buffer_address(ins, operands):
-    """Raw buffer: 48-bit base + soffset + voffset + imm. A lane is out of range when voffset + imm
-    + size exceeds num_records - soffset (MI300 ISA, "Range checking"): it loads 0 and stores
-    nothing."""
+    """Raw buffer: 48-bit base + soffset + (voffset + imm mod 2^32). A lane is out of range when
+    (voffset + imm) + size exceeds num_records - soffset (MI300 ISA, "Range checking"): it loads 0
+    and stores nothing."""
     vaddr, rsrc, soffset = operands
     if ins.mods.get("idxen"):
         raise Unsupported("indexed buffer addressing")
@@ -81,7 +81,8 @@ def buffer_address(ins, operands):
         if (word1 & u32(0xBFFF0000)).any():  # bit 30 only asks for another cache placement
             raise Unsupported("buffer descriptor with a stride or swizzle")
         base = pair(w.s, rsrc.index) & 0xFFFFFFFFFFFF
-        soff, off = np.asarray(get_soffset(w)).astype(i64), get_voffset(w).astype(i64) + imm
+        soff = np.asarray(get_soffset(w)).astype(i64)
+        off = (get_voffset(w) + u32(imm)).astype(i64)  # modulo 2^32
         limit = w.s(rsrc.index + 2).astype(i64) - soff
         inside = off + nbytes <= limit
         if ((off < limit) & ~inside).any():  # the hardware would split it by dwords
@@ -199,14 +200,18 @@ def vector_load(ins):
 
 
 def copy_to_lds(ins, space, nbytes):
-    """Direct-to-LDS load: lane i's bytes go to M0 + imm + i * size (CDNA4 ISA, buffer load to LDS).
-    Lanes out of the descriptor's range write 0 (Triton's masks rely on it), lanes off in EXEC
-    nothing."""
+    """Direct-to-LDS load: lane i's bytes go to M0[17:0] + imm + 4 i, or 16 i of the three- and
+    four-dword forms (CDNA4 ISA 9.1.9; there is no two-dword form). Lanes out of the descriptor's
+    range write 0 (Triton's masks rely on it), lanes off in EXEC nothing."""
+    if nbytes not in (4, 12, 16):
+        raise Unsupported("copy to LDS of this width")
     compute, imm = ADDRESS[space](ins, ins.operands), ins.mods.get("offset", 0)
+    stride = 4 if nbytes == 4 else 16
 
     def run(w):
         a, lds = Access(w, ins, compute, nbytes, "read"), w.m.lds
-        target = np.broadcast_to(w.s(M0).astype(i64) + imm + LANES * nbytes, (w.n, 64))
+        first = (w.s(M0) & u32(0x3FFFF)).astype(i64) + imm
+        target = np.broadcast_to(first + LANES * stride, (w.n, 64))
         target = lds.offsets(w, ins, target, nbytes, a.exec)
         lds.issue_copy(w, ins, on(target, a.exec), nbytes, a.exec)
 
@@ -215,7 +220,7 @@ def copy_to_lds(ins, space, nbytes):
             lds.land_copy(w, ins, on(target, lanes), nbytes, lanes, rows(a.load(due), lanes))
 
         a.push(finish)
-        w.m.lds_cycles[ins.pc] += w.n * 64 * nbytes // 128
+        w.m.lds_cycles[ins.pc] += w.n * 64 * stride // 128
 
     return run
 
@@ -457,6 +462,11 @@ def ds_read(ins):
 
     def run(w):
         exec_lanes, lds, base = w.mask, w.m.lds, w.v(vaddr.index).astype(i64)
+        if bits and exec_lanes is not None:  # CDNA4 ISA 11.4
+            n, lane = np.argwhere(~exec_lanes)[0]
+            w.m.fault(
+                ins, w.ids[n], lane, int(base[n, lane]), "transposing read with lanes off in EXEC"
+            )
         places = [lds.offsets(w, ins, base + o, nbytes, exec_lanes) for o in offsets]
         for o in offsets:
             lds.count(w, ins, base + o, nbytes, exec_lanes)

@@ -52,6 +52,7 @@ class Instruction:
     text: str
     where: str
     encoding: str = ""
+    inline: bool = False  # of inline assembly, whose hazards the compiler does not all see
     regs: int = 0  # registers named, as a mask
     pc: int = 0
     labels: dict = None  # of its program
@@ -165,11 +166,13 @@ def parse(text):
     args = [(int(o), int(s), kind) for o, s, kind in entries]
     accum = directives.get("accum_offset", 256)
 
-    code, labels, files, where = [], {}, {}, "?"
+    code, labels, files, where, inline = [], {}, {}, "?", False
     start = text.index(f"\n{names[0]}:")
     for raw in text[start:].splitlines():
         line, _, comment = raw.partition(";")
         line = line.strip()
+        if "#ASM" in comment:
+            inline = "#ASMSTART" in comment
         if m := re.match(r"\.file\s+(\d+)\s+(?:\"(.*)\"\s+)?\"(.*)\"", line):
             files[m[1]] = f"{m[2]}/{m[3]}" if m[2] else m[3]
         elif m := re.match(r"\.loc\s+(\d+) (\d+)", line):
@@ -182,4 +185,5 @@ def parse(text):
             break
         elif line and not line.startswith("."):
             code.append(parse_instruction(re.sub(r"\s+", " ", line), where, accum))
+            code[-1].inline = inline
     return Program(names[0], code, labels, args, directives, accum)

@@ -6,7 +6,7 @@ for several). Types: u16 i16 f16 u32 i32 f32 u64 i64 f64 as numpy has them; `b1`
 a scalar register pair; `vcc` the same, implicit; `scc` the scalar condition bit, implicit; `+t` the
 destination register read as type t. Semantics: "AMD Instinct MI300 ISA" (CDNA3) chapters 12.1 to
 12.12 and "CDNA4 ISA" for what gfx950 adds. Where the hardware is only accurate to 1 ULP (rcp, rsq,
-exp, log, sin, cos) the table rounds correctly."""
+exp, log, sin, cos) the table rounds correctly, and like it flushes float32 denormals."""
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def bf16_bits(x):
 
 def to_f16(how, x):
     """float32 -> f16; how: 0 to nearest even, 1 up, 2 down, 3 towards zero (the ISA's MODE)."""
-    near = x.astype(f16)
+    near = quiet(x.astype(f16))
     wide, zero = near.astype(f32), f16(0)
     up, down = np.nextafter(near, f16(np.inf)), np.nextafter(near, f16(-np.inf))
     if how == 1:
@@ -138,6 +138,25 @@ def fma16(a, b, c):
     return (a.astype(f64) * b.astype(f64) + c.astype(f64)).astype(f16)
 
 
+def float_bits(x):
+    return np.ascontiguousarray(x).view({2: u16, 4: u32, 8: u64}[x.dtype.itemsize])
+
+
+def quiet_bit(x):
+    return float_bits(x).dtype.type(1 << (np.finfo(x.dtype).nmant - 1))
+
+
+def quiet(x):
+    """Signalling NaNs made quiet, as every instruction does that makes a float of floats: it is
+    numpy's business only where a machine instruction of the host does the work."""
+    nan = x != x
+    return np.where(nan, (float_bits(x) | quiet_bit(x)).view(x.dtype), x) if nan.any() else x
+
+
+def signalling(x):
+    return (x != x) & (float_bits(x) & quiet_bit(x) == 0)
+
+
 def pick_zero(r, a, b, op):
     """max(+0, -0) is +0 and min is -0 whatever the order (ISA V_MAX_F32): combine the zeros' sign
     bits."""
@@ -145,25 +164,32 @@ def pick_zero(r, a, b, op):
     if not zero.any():
         return r
     a, b = np.broadcast_arrays(a, b)
-    t = {2: u16, 4: u32, 8: u64}[r.dtype.itemsize]
-    bits = op(np.ascontiguousarray(a).view(t), np.ascontiguousarray(b).view(t)).view(r.dtype)
+    bits = op(float_bits(a), float_bits(b)).view(r.dtype)
     return np.where(zero, bits, r)
 
 
+def pick_number(r, a, b):
+    """The other operand of a NaN, but a signalling NaN made quiet (ISA V_MAX_F32 in IEEE mode)."""
+    if not ((a != a) | (b != b)).any():
+        return r
+    a, b = np.broadcast_arrays(a, b)
+    return np.select([signalling(a), signalling(b), a != a, b != b], [quiet(a), quiet(b), b, a], r)
+
+
 def fmax(a, b):
-    return pick_zero(np.fmax(a, b), a, b, np.bitwise_and)
+    return pick_number(pick_zero(np.fmax(a, b), a, b, np.bitwise_and), a, b)
 
 
 def fmin(a, b):
-    return pick_zero(np.fmin(a, b), a, b, np.bitwise_or)
+    return pick_number(pick_zero(np.fmin(a, b), a, b, np.bitwise_or), a, b)
 
 
 def maximum(a, b):
-    return pick_zero(np.maximum(a, b), a, b, np.bitwise_and)
+    return quiet(pick_zero(np.maximum(a, b), a, b, np.bitwise_and))
 
 
 def minimum(a, b):
-    return pick_zero(np.minimum(a, b), a, b, np.bitwise_or)
+    return quiet(pick_zero(np.minimum(a, b), a, b, np.bitwise_or))
 
 
 def med3(a, b, c):
@@ -184,15 +210,17 @@ def to_int(t):
     return convert
 
 
+def flush(x):
+    """float32 with denormals made zeros of their sign, which transcendentals do to operand and
+    result in every MODE (v_rcp_f32: LLVM PRs 203566, 211017; v_rsq_f32 and v_sqrt_f32: the ROCm
+    device libraries scale around it)."""
+    return np.where(np.abs(x) < f32(2.0**-126), np.copysign(f32(0), x), x)
+
+
 def in64(fn):
     """A transcendental evaluated in float64 and rounded to float32, tiny results flushed (ISA
     V_EXP_F32)."""
-
-    def wrapped(x):
-        r = fn(x.astype(f64)).astype(f32)
-        return np.where(np.abs(r) < f32(2.0**-126), np.copysign(f32(0), r), r)
-
-    return wrapped
+    return lambda x: flush(fn(x.astype(f64)).astype(f32))
 
 
 def log2(x):
@@ -371,7 +399,7 @@ def div_fixup(q, den, num):
             inf_d | (num == 0),
             np.isnan(q),
         ],  # a NaN quotient of finite operands has overflowed
-        [num, den, -nan, sign * t(np.inf), sign * t(0), sign * t(np.inf)],
+        [quiet(num), quiet(den), -nan, sign * t(np.inf), sign * t(0), sign * t(np.inf)],
         sign * np.abs(q),
     ).astype(t)
 
@@ -508,10 +536,10 @@ table("v_", "f32 = f32 f32 +f32", fmac_f32=fma32)
 table(
     "v_",
     "f32 = f32",
-    rcp_f32=lambda x: f32(1) / x,
-    rcp_iflag_f32=lambda x: f32(1) / x,
-    sqrt_f32=np.sqrt,
-    rsq_f32=lambda x: (1 / np.sqrt(x.astype(f64))).astype(f32),
+    rcp_f32=lambda x: flush(f32(1) / flush(x)),
+    rcp_iflag_f32=lambda x: flush(f32(1) / flush(x)),
+    sqrt_f32=lambda x: np.sqrt(flush(x)),
+    rsq_f32=lambda x: (1 / np.sqrt(flush(x).astype(f64))).astype(f32),
     exp_f32=in64(np.exp2),
     log_f32=in64(log2),
     sin_f32=in64(lambda x: np.sin(2 * np.pi * x)),
@@ -521,7 +549,7 @@ table(
     trunc_f32=np.trunc,
     rndne_f32=np.rint,
     fract_f32=lambda x: np.minimum(x - np.floor(x), f32(1 - 2.0**-24)),
-    frexp_mant_f32=lambda x: np.where(np.isfinite(x), np.frexp(x)[0], x),
+    frexp_mant_f32=lambda x: quiet(np.where(np.isfinite(x), np.frexp(x)[0], x)),
 )
 table("v_", "i32 = f32", frexp_exp_i32_f32=lambda x: np.where(np.isfinite(x), np.frexp(x)[1], 0))
 table("v_", "f32 = f32 i32", ldexp_f32=np.ldexp)
@@ -542,7 +570,7 @@ table(
     trunc_f64=np.trunc,
     rndne_f64=np.rint,
     fract_f64=lambda x: np.minimum(x - np.floor(x), 1 - 2.0**-53),
-    frexp_mant_f64=lambda x: np.where(np.isfinite(x), np.frexp(x)[0], x),
+    frexp_mant_f64=lambda x: quiet(np.where(np.isfinite(x), np.frexp(x)[0], x)),
 )
 table("v_", "i32 = f64", frexp_exp_i32_f64=lambda x: np.where(np.isfinite(x), np.frexp(x)[1], 0))
 table("v_", "f64 = f64 i32", ldexp_f64=np.ldexp)
@@ -739,7 +767,7 @@ for _i in range(4):
         **{f"cvt_f32_ubyte{_i}": lambda x, i=_i: ((x >> u32(8 * i)) & u32(0xFF)).astype(f32)},
     )
 table("v_", "f16 = f32", cvt_f16_f32=lambda x: x.astype(f16))
-table("v_", "f32 = f16", cvt_f32_f16=lambda x: x.astype(f32))
+table("v_", "f32 = f16", cvt_f32_f16=lambda x: quiet(x.astype(f32)))
 table("v_", "f64 = f32", cvt_f64_f32=lambda x: x.astype(f64))
 table("v_", "f32 = f64", cvt_f32_f64=lambda x: x.astype(f32))
 table("v_", "f32 = u16", cvt_f32_bf16=bf16_value)

@@ -12,6 +12,16 @@ from . import access, decode, matrix, memory
 from .asm import EXEC, SGPR_BIT
 from .isa import ALU, i32, i64, u32, u64
 
+# What the instructions of `isa` and `decode` assume of MODE at the kernel's start
+ASSUMED = {
+    "ieee_mode": 1,
+    "dx10_clamp": 1,
+    "float_round_mode_32": 0,
+    "float_round_mode_16_64": 0,
+    "float_denorm_mode_32": 3,
+    "float_denorm_mode_16_64": 3,
+    "fp16_overflow": 0,
+}
 RUNNING, AT_BARRIER, ENDED = 0, 1, 2
 BARRIER, END = object(), object()  # what a control instruction returns besides a program counter
 SPIN = 64  # backward jumps after which waves let the others go first
@@ -234,7 +244,7 @@ class Machine:
     """Runs a program over a grid. spans: the tensors; kernarg: address of the kernel arguments;
     counters: three int64 arrays, an element per instruction, of wave-instructions, LDS cycles and
     bank-conflict cycles. traced: a workgroup, the instruction numbers of whose first wave go to the
-    list `trace`."""
+    list `trace`. sums: of `emulate`."""
 
     def __init__(
         self,
@@ -249,6 +259,7 @@ class Machine:
         rng,
         counters,
         traced=None,
+        sums="exact",
     ):
         self.program, self.code, self.timing, self.schedule, self.rng = (
             program,
@@ -265,11 +276,14 @@ class Machine:
             kernarg,
         )
         d = program.directives
+        for name, value in ASSUMED.items():
+            if d.get(name, value) != value:
+                raise decode.Unsupported(f"a kernel with .amdhsa_{name} {d[name]}")
         self.scratch_size = d.get("private_segment_fixed_size", 0)
         self.registers = program.accum_offset + d.get("agpr_count", 0)
         self.counts, self.lds_cycles, self.conflict_cycles = counters
         self.peak_inflight, self.unwritten_reads, self.conflicts = 0, 0, {}
-        self.traced, self.trace = traced, []
+        self.traced, self.trace, self.sums = traced, [], sums
         self.leader = int(rng.integers(num_warps))  # the wave that runs ahead under "skew"
 
     def run(self):

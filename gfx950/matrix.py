@@ -21,7 +21,7 @@ operands are 8-bit. D x D results: 16x16 register r of lane (col, g) is row 4 g 
 
 Rounding model: products and sums in float64, the accumulator added last, one rounding to float32.
 The hardware's own accumulation order is not documented; results may differ from it in the last
-bits."""
+bits. `sums` has published rules for other machines, which may take its place."""
 
 import re
 
@@ -30,6 +30,7 @@ import numpy as np
 from .asm import Operand
 from .decode import SMALL, Unsupported, reader
 from .isa import E2M1, E4M3, E5M2, NUMPY, bf16_value, f16, f32, f64, i8, u8, u16, u32, u64
+from .sums import LEAST_EXPONENT, RULES, Terms
 
 NAME = re.compile(r"v_mfma_(scale_)?(f32|f64|i32)_(\d+)x\d+x(\d+)_(?:(\d+)b_)?(.+)")
 SELECT = {
@@ -120,6 +121,9 @@ def mfma(ins):
     dst, a, b, c, *scale = ins.operands
     halves = [m[6] == "f8f6f4" and f is not E2M1 for f in (fmt_a, fmt_b)]
     if scaled:
+        # LLVM (PR 158117): of a scalar or a constant the hardware takes other bits than a byte
+        if any(s.kind != "v" for s in scale):
+            raise Unsupported("scales outside vector registers")
         lo, hi = ins.mods.get("op_sel", [0, 0]), ins.mods.get("op_sel_hi", [0, 0])
         get_scale = [reader(s, "u32") for s in scale]
         byte = [lo[i] + 2 * hi[i] for i in (0, 1)]
@@ -133,14 +137,37 @@ def mfma(ins):
     )
 
     def operand(w, opd, fmt, i):
-        x = logical(lane_values(w, opd, fmt), dim, halves[i])
-        if scaled:
-            x = (
-                x.reshape(w.n, dim, -1, 32) * scales(w, get_scale[i], byte[i], dim)[..., None]
-            ).reshape(x.shape)
-        return x
+        values = logical(lane_values(w, opd, fmt), dim, halves[i])
+        return Terms(values, scales(w, get_scale[i], byte[i], dim) if scaled else None, fmt)
+
+    # The registers of a result or of C [regs, n, 64], in the order of rows and columns
+    split, to_registers, shape = {
+        (16, 1): ((4, 4, 16), (2, 0, 1, 3), (4, 4, 16)),  # row = 4 g + r
+        (16, 2): ((4, 4, 16), (1, 0, 2, 3), (4, 4, 16)),  # float64: row = 4 r + g
+        (32, 1): ((4, 2, 4, 32), (1, 3, 0, 2, 4), (4, 4, 2, 32)),  # row = 8 q + 4 g + r
+        (4, 1): (None, None, None),
+    }[dim, wide]
+
+    def in_registers(d):  # [n, row, column]
+        return d.reshape(len(d), *split).transpose(to_registers).reshape(regs, len(d), 64)
+
+    def in_rows(registers):
+        n = registers.shape[1]
+        apart = registers.reshape(*shape[:-2], n, *shape[-2:])
+        return apart.transpose(np.argsort(to_registers)).reshape(n, dim, dim)
+
+    def by_rule(w, rule):
+        """The result's registers where another rule than the exact sum is asked for."""
+        c = get_c(w) if constant else np.stack([get(w) for get in get_c])
+        c = in_rows(np.broadcast_to(c, (regs, w.n, 64)))
+        d = RULES[rule](operand(w, a, fmt_a, 0), operand(w, b, fmt_b, 1), c.astype(f32))
+        return list(np.ascontiguousarray(in_registers(d)))
+
+    ruled = out == "f32" and dim != 4 and fmt_a in LEAST_EXPONENT
 
     def run(w):
+        if ruled and w.m.sums != "exact":
+            return put(w, by_rule(w, w.m.sums))
         if dim == 4:  # 16 independent blocks: lane = 4 block + i
             x, y = (
                 lane_values(w, o, f).reshape(w.n, 16, 4, -1) for o, f in ((a, fmt_a), (b, fmt_b))
@@ -149,18 +176,15 @@ def mfma(ins):
             d = np.matmul(x, y.swapaxes(-1, -2)).transpose(2, 0, 1, 3).reshape(4, w.n, 64)
         else:
             # n, row, col
-            d = np.matmul(operand(w, a, fmt_a, 0), operand(w, b, fmt_b, 1).swapaxes(1, 2))
-            split = (w.n, 4, 4, 16) if dim == 16 else (w.n, 4, 2, 4, 32)
-            if out == "f64":  # row = 4 r + g
-                d = d.reshape(split).transpose(1, 0, 2, 3).reshape(4, w.n, 64)
-            elif dim == 16:  # row = 4 g + r
-                d = d.reshape(split).transpose(2, 0, 1, 3).reshape(4, w.n, 64)
-            else:  # row = 8 q + 4 g + r
-                d = d.reshape(split).transpose(1, 3, 0, 2, 4).reshape(16, w.n, 64)
+            x, y = operand(w, a, fmt_a, 0).scaled(), operand(w, b, fmt_b, 1).scaled()
+            d = in_registers(np.matmul(x, y.swapaxes(1, 2)))
         acc = get_c(w) if constant else [get(w) for get in get_c]
         results = [
             (d[r].astype(add_in) + (acc if constant else acc[r])).astype(dtype) for r in range(regs)
         ]
+        put(w, results)
+
+    def put(w, results):
         # C is read before any of D is written: they may overlap
         for r, value in enumerate(results):
             bits = value.view(u64 if wide == 2 else u32)

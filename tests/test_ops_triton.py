@@ -10,6 +10,7 @@ import bench_ops
 import compile_ops
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from common import TINY, hf_config, prompt_of, relative
@@ -63,6 +64,29 @@ def test_add_norm_keeps_nan_in_its_row():
     with gfx950.emulate():
         norm = ops_triton.add_norm(x, None, torch.ones(96), 1e-5)[1]
     assert norm.isnan().all(1).tolist() == [False, True, False]
+
+
+# -- dense layers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, FLOAT])
+@pytest.mark.parametrize("N, K, bias", [(7, 96, True), (40, 300, False), (1, 1, True)])
+@modes
+def test_linear(dtype, N, K, bias, timing, schedule):
+    x, weight = normal(1, K, dtype=dtype), normal(N, K, seed=1, dtype=dtype)
+    bias = normal(N, seed=2, dtype=dtype) if bias else None
+    with gfx950.emulate(timing=timing, schedule=schedule) as gpu:
+        got = ops_triton.linear(x, weight, bias)
+    want = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    assert got.dtype == dtype and len(gpu.launches) == 1
+    assert relative(got.float(), want) < (SAME_SUMS if dtype == FLOAT else 2.0**-8)  # one rounding
+
+
+def test_linear_of_more_tokens_is_pytorchs():
+    x, weight = normal(3, 64), normal(5, 64, seed=1)
+    with gfx950.emulate() as gpu:
+        assert torch.equal(ops_triton.linear(x, weight), F.linear(x, weight))
+    assert not gpu.launches
 
 
 # -- attention ------------------------------------------------------------------------------------
@@ -539,10 +563,10 @@ def test_the_tiny_model_says_what_the_equations_say():
 
 
 def test_the_bench_runs_all_operations(capsys):
-    assert bench_ops.main(["--model", "tiny", "--tokens", "2"]) == 0
+    assert bench_ops.main(["--model", "tiny", "--tokens", "1", "2"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
     assert {row["op"].split()[0] for row in rows if "op" in row} == {
-        "add_norm", "attention", "moe", "F.linear", "linear_kernel",
+        "add_norm", "attention", "moe", "F.linear", "ops_triton.linear",
     }  # fmt: skip
     assert all(row["error"] < TWO_ROUNDINGS * 1.5 for row in rows if row.get("error"))
 
@@ -566,7 +590,7 @@ def test_compiled_for_gpus_that_are_not_here(gpu):
         with compile_ops.compiling_for(gpu) as found:
             compile_ops.launch_layer(config, T)
         assert [k.name for k in found if k.spills] == []
-        assert len(found) == (1 + 2 + 3 if T == 1 else 1 + 6 + 5)
+        assert len(found) == (1 + 2 + 2 + 3 if T == 1 else 1 + 6 + 5)
         for k in found:
             if gpu == "sm_90" and k.name == "expert_kernel":
                 loop = k.text[k.text.index("wgmma.fence") : k.text.rindex("wgmma.mma_async")]

@@ -1,4 +1,4 @@
-"""Times the five operations of ops_triton.py on a GPU, one by one, against their byte floors.
+"""Times the six operations of ops_triton.py on a GPU, one by one, against their byte floors.
 
     python tools/bench_ops.py --model 120b              every operation, at 1 to 8192 tokens
     python tools/bench_ops.py --only moe --tokens 1 8 --variants 64,16,128,4,5 64,16,256,4,3
@@ -9,7 +9,11 @@ that the L2 cache does not help, and the graph is replayed. us: the median repla
 floor: the bytes that a call cannot avoid over the bandwidth of a copy, measured first, or its FLOP
 over --flops, whichever is more. error: relative L2 against the equations in float32 on the same
 device. A line of JSON is written as soon as it is measured; the table follows at the end. A variant
-BN,BM,BK,warps,stages[,split] replaces the choice of `ops_triton.tiles_for`.
+BN,BM,BK,warps,stages[,split] replaces the choice of `ops_triton.tiles_for`. Of moe_nvidia, which is
+timed beside it where it runs, --nvidia replaces `cuts_for`: dispatch's NB,WN,WK,AHEAD,X_AHEAD
+[:combine's].
+
+    python tools/bench_ops.py --only moe --tokens 1 8 --nvidia 1,1,4,6,1 1,1,4,4,1:1,1,8,3,1
 
 Without a GPU --model tiny runs everything once in the emulator, which times nothing."""
 
@@ -22,17 +26,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import gptoss
+import moe_nvidia
 import ops_triton
 import weights
 
@@ -121,45 +126,8 @@ def norms(bench: Bench, c, tokens: list[int]) -> None:
         bench.row("add_norm", calls, nbytes, error=error, T=T)
 
 
-@triton.jit(do_not_specialize=["T"])
-def linear_kernel(
-    x, w, bias, out, parts, arrived, T, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, HIP: tl.constexpr,
-):  # fmt: skip
-    """Program (n, z): BN rows of w [N, K] times up to 16 tokens, over part z of K; the last program
-    of these rows to arrive adds up the parts and the bias -> out [T, N]."""
-    n, z = tl.program_id(0), tl.program_id(1)
-    r, token, step = n * BN + tl.arange(0, BN), tl.arange(0, 16), tl.arange(0, BK)
-    share: tl.constexpr = (K + BK * SPLIT - 1) // (BK * SPLIT) * BK
-    acc = tl.zeros([BN, 16], tl.float32)
-    for start in tl.range(z * share, min(z * share + share, K), BK, num_stages=STAGES):
-        k = start + step
-        there = (r < N)[:, None] & (k < K)[None, :]
-        rows = tl.load(w + r.to(tl.int64)[:, None] * K + k[None, :], mask=there, other=0.0)
-        there = (token < T)[:, None] & (k < K)[None, :]
-        tile = tl.load(x + token[:, None] * K + k[None, :], mask=there, other=0.0)
-        acc = tl.dot(rows, tile.T, acc)
-    there = (r < N)[:, None] & (token < T)[None, :]
-    at = token[None, :] * N + r[:, None]
-    if SPLIT > 1:
-        tl.store(parts + z * 16 * N + at, acc, mask=there)
-        if ops_triton.arrive(arrived + n, token, HIP) < SPLIT - 1:
-            return
-        tl.store(arrived + n, 0)
-        acc = tl.zeros([BN, 16], tl.float32)
-        for part in tl.static_range(SPLIT):
-            acc += tl.load(parts + part * 16 * N + at, mask=there, other=0.0)
-    acc += tl.load(bias + r, mask=r < N, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
-
-
-# BN, BK, warps, stages, parts of K
-LINEAR = ((64, 128, 4, 4, 3), (64, 128, 4, 4, 5), (32, 256, 4, 4, 2), (16, 256, 2, 5, 1))
-
-
 def linears(bench: Bench, c, tokens: list[int]) -> None:
-    """The dense GEMMs: the vendor's, which the engine uses, and a kernel that could take their
-    place at few tokens if it were faster."""
+    """The dense GEMMs, PyTorch's and ours."""
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     shapes = dict(
         qkv=(heads, c.hidden_size),
@@ -169,31 +137,22 @@ def linears(bench: Bench, c, tokens: list[int]) -> None:
     for name, (N, K) in shapes.items():
         nbytes = 2 * N * K
         data = [new(bench.device, N, K) for _ in range(copies(nbytes, 8))]
-        bias, arrived = new(bench.device, N), torch.zeros(N, device=bench.device).int()
+        bias = new(bench.device, N)
         for T in tokens:
-            x = new(bench.device, T, K)
-            calls = [lambda w=w, x=x, bias=bias: F.linear(x, w, bias) for w in data]
-            flop = 2.0 * T * N * K
-            bench.row(f"F.linear {name}", calls, nbytes, flop, T=T)
-            for cut in LINEAR if T <= 16 else ():
-                parts = torch.empty(cut[-1], 16, N, device=bench.device)
+            x, flop = new(bench.device, T, K), 2.0 * T * N * K
+            kernels = [("F.linear", F.linear)]
+            if T == 1:
+                kernels.append(("ops_triton.linear", ops_triton.linear))
+            elif moe_nvidia.is_supported() and moe_nvidia.multiplies(x, data[0]):
+                kernels.append(("moe_nvidia.linear", moe_nvidia.linear))
+            for label, linear in kernels:
 
-                def call(w, x=x, parts=parts, cut=cut, N=N, K=K, T=T, bias=bias, arrived=arrived):
-                    BN, BK, warps, stages, split = cut
-                    out = x.new_empty(T, N)
-                    linear_kernel[(triton.cdiv(N, BN), split)](
-                        x, w, bias, out, parts, arrived, T, N, K, BN, BK, split, stages,
-                        ops_triton.on_hip(), num_warps=warps,
-                    )  # fmt: skip
-                    return out
+                def error(x=x, w=data[0], bias=bias, linear=linear):
+                    want = F.linear(x.float(), w.float(), bias.float())
+                    return relative(linear(x, w, bias), want)
 
-                def error(call=call, x=x, w=data[0], bias=bias):
-                    return relative(call(w), F.linear(x.float(), w.float(), bias.float()))
-
-                bench.row(
-                    f"linear_kernel {name}", [lambda w=w, call=call: call(w) for w in data],
-                    nbytes, flop, error, T=T, tile=",".join(map(str, cut)),
-                )  # fmt: skip
+                calls = [lambda w=w, x=x, bias=bias, f=linear: f(x, w, bias) for w in data]
+                bench.row(f"{label} {name}", calls, nbytes, flop, error, T=T)
 
 
 def attention(bench: Bench, c, cases: list[tuple[int, int, int]]) -> None:
@@ -248,7 +207,7 @@ def attention(bench: Bench, c, cases: list[tuple[int, int, int]]) -> None:
             )  # fmt: skip
 
 
-def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str) -> None:
+def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str, nvidia: list) -> None:
     one = replace(c, num_hidden_layers=1, layer_types=("full_attention",), vocab_size=1)
     layers = [
         weights.random(one, "openai", bench.device, seed).experts[0]
@@ -271,16 +230,21 @@ def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str) ->
         values = 3 * H * c.intermediate_size  # of an expert
         nbytes, flop = active * values * 17 / 32, 2.0 * T * k * values
 
-        def call(x, p, T=T):
-            return ops_triton.moe(x, router, bias, p, k, activations, c.swiglu_limit)
+        step = max(1, T // 16)  # the equations expand each expert of their few tokens
+        want = gptoss.moe_reference(data[0][::step], router, bias, layers[0], k, activations)
 
-        def error(x=data[0], call=call):
-            few = x[:: max(1, len(x) // 16)][:16]  # the equations expand each of their experts
-            want = gptoss.moe_reference(few, router, bias, layers[0], k, activations)
-            return relative(call(x, packed[0])[:: max(1, len(x) // 16)][:16], want)
+        def calls_of(room, data=data):
+            def call(x, p):
+                return room.moe(x, router, bias, p, k, activations, c.swiglu_limit)
 
-        pairs = zip(data, itertools.cycle(packed))
-        calls = [lambda x=x, p=p, call=call: call(x, p) for x, p in pairs]
+            pairs = zip(data, itertools.cycle(packed))
+            return [lambda x=x, p=p: call(x, p) for x, p in pairs]
+
+        calls = calls_of(ops_triton)
+
+        def error(calls=calls, step=step, want=want):
+            return relative(calls[0]()[::step], want)
+
         for variant in [None, *variants]:
             if variant and T <= ops_triton.DECODE_TOKENS and variant.BM != 16:
                 continue
@@ -293,6 +257,19 @@ def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str) ->
                     chosen=variant is None,
                 )  # fmt: skip
                 if variant is None and bench.device.type == "cuda":
+                    kernels(bench, calls, T)
+        if T > moe_nvidia.MAX_TOKENS or activations != "bf16" or not moe_nvidia.is_supported():
+            continue
+        calls = calls_of(moe_nvidia)  # which reads ops_triton's packed experts
+        for variant in [None, *nvidia]:
+            cuts = variant or moe_nvidia.cuts_for(T, 2 * c.intermediate_size, H)
+            with mock.patch.object(moe_nvidia, "cuts_for", lambda *_, cuts=cuts: cuts):
+                cut = ":".join(",".join(map(str, astuple(cut))) for cut in cuts)
+                bench.row(
+                    "moe_nvidia", calls, nbytes, flop, partial(error, calls), T=T,
+                    active=round(active, 1), tile=cut, chosen=variant is None,
+                )  # fmt: skip
+                if variant is None:
                     kernels(bench, calls, T)
 
 
@@ -342,6 +319,11 @@ def tile(text: str) -> ops_triton.Tile:
     return ops_triton.Tile(*map(int, text.split(",")))
 
 
+def nvidia_cuts(text: str) -> tuple[moe_nvidia.Cut, moe_nvidia.Cut]:
+    cuts = [moe_nvidia.Cut(*map(int, cut.split(","))) for cut in text.split(":")]
+    return cuts[0], cuts[-1]
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=["20b", "120b", "tiny"], default="120b")
@@ -349,6 +331,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--activations", default="bf16", choices=ops_triton.ACTIVATIONS)
     parser.add_argument("--variants", nargs="+", type=tile, default=[])
+    parser.add_argument("--nvidia", nargs="+", type=nvidia_cuts, default=[])
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--flops", type=float, default=990e12, help="dense bf16 FLOP/s")
     parser.add_argument("--json", type=Path, help="lines are also printed")
@@ -378,7 +361,7 @@ def main(argv: list[str]) -> int:
         bench = Bench(device, args.seconds, args.flops, output)
         print(json.dumps({"copy TB/s": bench.bandwidth / 1e12}), flush=True)
         if "moe" in args.only:
-            moe(bench, c, many, args.variants, args.activations)
+            moe(bench, c, many, args.variants, args.activations, args.nvidia)
         if "attention" in args.only:
             attention(bench, c, cases)
         if "add_norm" in args.only:

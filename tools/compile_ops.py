@@ -1,6 +1,7 @@
-"""Compiles the kernels of ops_triton.py at the models' sizes for GPUs that are not here, and prints
-what the compiler says of each: registers, spills, shared memory, how wide it loads, and of an
-NVIDIA GPU the instructions of the longest loop.
+"""Compiles the kernels of ops_triton.py, and of moe_nvidia.py for an NVIDIA GPU, at the models'
+sizes for GPUs that are not here, and prints what the compiler says of each: registers, spills,
+shared memory, how wide it loads, and of an NVIDIA GPU the instructions of the longest loop, and the
+order of its loads and products.
 
     python tools/compile_ops.py sm_90             # also sm_80, sm_86, sm_120, gfx942, gfx950
     python tools/compile_ops.py sm_90 --keep ptx  # writes each kernel's assembly to ptx/
@@ -13,6 +14,7 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import moe_nvidia
 import ops_triton
 import weights
 
@@ -48,7 +51,11 @@ class Compiled:
     spills: int  # bytes
     shared: int  # bytes
     text: str  # PTX or AMD assembly
-    loop: Counter  # machine instructions of the longest loop, by name; empty on AMD
+    order: list[str]  # names of the machine instructions of the longest loop; empty on AMD
+
+    @property
+    def loop(self) -> Counter:
+        return Counter(self.order)
 
     def instructions(self) -> Counter:
         """How often the assembly has each memory, matrix and synchronising instruction."""
@@ -61,14 +68,14 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64)
 
 
-def read(name: str, metadata, target: GPUTarget) -> tuple[int, int, str, Counter]:
+def read(name: str, metadata, target: GPUTarget) -> tuple[int, int, str, list[str]]:
     """Registers, spilled bytes, assembly and longest loop of a kernel in Triton's cache."""
     cache = get_cache_manager(metadata.hash)
     if target.backend == "hip":
         text = Path(cache.get_file(f"{name}.amdgcn")).read_text()
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
         spills = int(re.search(r"\.private_segment_fixed_size: (\d+)", text)[1])
-        return registers, spills, text, Counter()
+        return registers, spills, text, []
 
     def tool(*command: str) -> str:
         path = Path(triton.__path__[0]) / "backends/nvidia/bin" / command[0]
@@ -81,17 +88,18 @@ def read(name: str, metadata, target: GPUTarget) -> tuple[int, int, str, Counter
     return registers, stack + local, text, longest_loop(tool("nvdisasm", "-c"))
 
 
-def longest_loop(listing: str) -> Counter:
-    """Instructions between a label and the branch back to it, in nvdisasm's listing."""
-    labels, names, longest = {}, [], Counter()
+def longest_loop(listing: str) -> list[str]:
+    """Names of the instructions between a label and the branch back to it, in nvdisasm's
+    listing."""
+    labels, names, longest = {}, [], []
     for line in listing.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(names)
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z]\w*)", line):
             names.append(instruction[1])
             back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-            if back and back[1] in labels and len(names) - labels[back[1]] > longest.total():
-                longest = Counter(names[labels[back[1]] :])
+            if back and back[1] in labels and len(names) - labels[back[1]] > len(longest):
+                longest = names[labels[back[1]] :]
     return longest
 
 
@@ -146,9 +154,12 @@ def main() -> None:
     parser.add_argument("--keep", type=Path)
     args = parser.parse_args()
     c = weights.published(args.model)
-    for T in (1, 512, 4096):
+    cases = [(launch_layer, T) for T in (1, 512, 4096)]
+    if args.gpu.startswith("sm_"):
+        cases += [(partial(launch_moe, moe_nvidia), T) for T in (1, 8, moe_nvidia.MAX_TOKENS)]
+    for launch, T in cases:
         with compiling_for(args.gpu) as found:
-            launch_layer(c, T)
+            launch(c, T)
         for k in found:
             print(f"T={T} {k.name} grid={k.grid} registers={k.registers}", end=" ")
             print(f"spills={k.spills} shared={k.shared}")
@@ -156,6 +167,7 @@ def main() -> None:
             if k.loop:
                 common = ", ".join(f"{n} {i}" for i, n in k.loop.most_common(12))
                 print(f"    loop of {k.loop.total()}: {common}")
+                print("   ", *(i for i in k.order if i in ("LDG", "LDGSTS", "HMMA", "HGMMA")))
             if args.keep:
                 args.keep.mkdir(exist_ok=True)
                 (args.keep / f"{k.name}_{T}_{found.index(k)}.txt").write_text(k.text)
@@ -164,15 +176,17 @@ def main() -> None:
 def launch_layer(
     c: weights.Config, T: int, activations="bf16", dtype=torch.bfloat16, mxfp4=True
 ) -> None:
-    """The five operations of a layer on meta tensors: T = 1 is a decode step, else a prompt. mxfp4:
-    the experts are, else bfloat16."""
+    """The operations of a layer on meta tensors: T = 1 is a decode step, else a prompt. mxfp4: the
+    experts are, else bfloat16."""
 
     def new(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    H, inner, E = c.hidden_size, c.intermediate_size, c.num_local_experts
+    H = c.hidden_size
     N, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     ops_triton.add_norm(new(T, H), new(T, H), new(H, dtype=torch.float32), 1e-5)
+    for rows, columns in (((N + 2 * G) * D, H), (H, N * D)):  # queries, keys and values; the output
+        ops_triton.linear(new(T, columns), new(rows, columns), new(rows))
     table = new(1, 256, dtype=torch.int32)
     step = ops_triton.Plan(
         cos=new(T, D // 2, dtype=torch.float32),
@@ -186,6 +200,18 @@ def launch_layer(
     )
     for kind in weights.LAYER_TYPES:
         ops_triton.attention(new(T, (N + 2 * G) * D), new(N), new(4096, 2, G, D), kind, step)
+    launch_moe(ops_triton, c, T, activations, dtype, mxfp4)
+
+
+def launch_moe(
+    room, c: weights.Config, T: int, activations="bf16", dtype=torch.bfloat16, mxfp4=True
+) -> None:
+    """The layer of ops_triton or moe_nvidia, which read the same weights."""
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    H, inner, E = c.hidden_size, c.intermediate_size, c.num_local_experts
 
     def weight(N, K):
         if not mxfp4:
@@ -200,7 +226,7 @@ def launch_layer(
     arrived = new(1 << 10, dtype=torch.int32)
     packed = ops_triton.Packed(weight(2 * inner, H), weight(H, inner), activations, arrived)
     k = c.num_experts_per_tok
-    ops_triton.moe(new(T, H), new(E, H), new(E), packed, k, activations, c.swiglu_limit)
+    room.moe(new(T, H), new(E, H), new(E), packed, k, activations, c.swiglu_limit)
 
 
 if __name__ == "__main__":

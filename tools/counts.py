@@ -114,7 +114,10 @@ def decode_table(batches: tuple[int, ...]) -> str:
 
 CACHED = 512  # tokens of each sequence
 KINDS = ("sliding_attention", "full_attention")
-READS = {"w": "experts", "w_scale": "experts", "router_weight": "router", "pool": "keys"}
+READS = {
+    "w": "experts", "w_scale": "experts", "router_weight": "router", "weight": "dense",
+    "pool": "keys",
+}  # fmt: skip
 
 
 def two_layers(experts: int = 128) -> gptoss.GPTOSS:
@@ -167,9 +170,11 @@ def decode_step(model: gptoss.GPTOSS, T: int) -> dict:
     of_expert = 3 * expert_bytes(c.hidden_size * c.intermediate_size, "fp8")
     visible = [min(CACHED, c.sliding_window - 1), CACHED]  # of a token; its own is not in the cache
     key = 2 * 2 * c.num_key_value_heads * c.head_dim  # bytes of a token: keys and values, bf16
+    heads = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
     least = collections.Counter(
         experts=sum(n * a * of_expert for n, a in zip(times, active, strict=True)),
         router=sum(times) * 2 * c.num_local_experts * c.hidden_size,
+        dense=sum(times) * 2 * heads * c.hidden_size,  # qkv and out, bf16
         keys=sum(n * T * v * key for n, v in zip(times, visible, strict=True)),
     )
     requested, registers, flight = collections.Counter(), collections.Counter(), {}
@@ -206,6 +211,7 @@ def decode_step(model: gptoss.GPTOSS, T: int) -> dict:
 STEP_BYTES = {
     "experts": "expert weights",
     "router": "router weights",
+    "dense": "dense weights",
     "keys": "keys and values",
     "others": "all else: activations, biases, lists, tables",
 }
@@ -222,16 +228,17 @@ def step_table(batches: tuple[int, ...]) -> str:
         }
         for kind, what in STEP_BYTES.items():
             requested, least = n["requested"][kind], n["least"][kind]
-            cell[f"{what}: MB requested; / least"] = (
-                f"{requested / 1e6:,.1f}; {requested / least:.3f}"
-            )
+            if requested:
+                cell[f"{what}: MB requested; / least"] = (
+                    f"{requested / 1e6:,.1f}; {requested / least:.3f}"
+                )
         cell["spilled registers"] = str(n["spills"])
         for name, kb in sorted(n["flight"].items()):
             cell[f"{name}: registers; modelled KB in flight a CU"] = (
                 f"{n['registers'][name]}; {kb:.1f}"
             )
     columns = [("tokens", "what", ""), *((T, T, "") for T in cells)]
-    rows = [{"what": w} | {T: cells[T][w] for T in cells} for w in next(iter(cells.values()))]
+    rows = [{"what": w} | {T: cells[T].get(w) for T in cells} for w in next(iter(cells.values()))]
     return table(columns, rows)
 
 
