@@ -453,29 +453,30 @@ class Ranks:
     def join(cls, device: str) -> "Ranks":
         """Meets the ranks that torchrun started, if it did; "cuda" becomes one GPU of each. Raises
         ValueError for another launch of several, and for a device that they cannot use."""
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        ranks, gpu = int(os.environ.get("WORLD_SIZE", 1)), torch.device(device).type == "cuda"
         if ranks == 1:
             return cls()
         if not dist.is_torchelastic_launched():
             raise ValueError(f"WORLD_SIZE is {ranks}: ranks are started by torchrun only")
-        here, gpu = int(os.environ["LOCAL_WORLD_SIZE"]), torch.device(device).type == "cuda"
-        if gpu and (device != "cuda" or here > torch.cuda.device_count()):
-            raise ValueError(
-                f"device={device!r}: each of {here} ranks takes a GPU of its own, this machine has "
-                f"{torch.cuda.device_count()}; say 'cuda' or 'cpu', or start fewer ranks"
-            )
+        here, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if gpu and (device != "cuda" or here > cards):
+            each = f"each of {here} ranks takes a GPU of its own, this machine has {cards}"
+            raise ValueError(f"device={device!r}: {each}; say cuda or cpu, or start fewer ranks")
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, rank, ranks = next(dist.rendezvous("env://"))
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
-        joined = cls(weights.Shard(rank, ranks), store)
-        pairs = itertools.permutations(range(here), 2)
-        peers = torch.version.cuda and here == ranks  # NVIDIA's, in one machine
-        if gpu and peers and all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs):
+        joined, pairs = (
+            cls(weights.Shard(rank, ranks), store),
+            itertools.permutations(range(here), 2),
+        )
+        peers = gpu and torch.version.cuda and here == ranks  # NVIDIA's GPUs, of one machine
+        if peers and all(torch.cuda.can_device_access_peer(*pair) for pair in pairs):
             from torch.distributed import _symmetric_memory as symmetric_memory
 
-            joined.symmetric = symmetric_memory.empty(ONE_SHOT, dtype=torch.uint8, device="cuda")
+            card = torch.device("cuda", torch.cuda.current_device())
+            joined.symmetric = symmetric_memory.empty(ONE_SHOT, dtype=torch.uint8, device=card)
             symmetric_memory.rendezvous(joined.symmetric, dist.group.WORLD)
         return joined
 

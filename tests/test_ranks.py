@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from common import CONVERT, ROOT, hf_config, make, moe_case, prompt_of, relative
+from common import CONVERT, ROOT, TINY, hf_config, make, moe_case, prompt_of, relative
 
 import gptoss
 import weights
@@ -250,6 +250,52 @@ def test_a_cache_is_its_heads_share(tmp_path):
     part = GPTOSS(weights.load(path, Shard(1, 4)), ranks=Ranks(Shard(1, 4)))
     cache = gptoss.KVCache(part.config, 3, 16, "cpu", torch.float32)
     assert cache.pool.shape == (2, 64, 2, 1, 20)
+
+
+# --------------------------------------------------------------------------------------------------
+# On GPUs: torchrun --nproc-per-node 2 -m pytest tests/test_ranks.py -k gpus
+
+on_gpus = pytest.mark.skipif(
+    "TORCHELASTIC_RUN_ID" not in os.environ or torch.cuda.device_count() < 2,
+    reason="needs several GPUs, and torchrun",
+)
+
+
+@on_gpus
+@pytest.mark.parametrize("rows", [1, 8, 64, 512])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gpus_sum(rows, dtype):
+    """A graph of many sums one after another, whose whole numbers are exact in either format."""
+    ranks = GPTOSS.from_pretrained(TINY, "cuda").ranks
+    generators = [torch.Generator().manual_seed(n) for n in range(ranks.shard.ranks)]
+    draw = functools.partial(torch.randint, -9, 10, (50, rows, 2880))
+    parts = [draw(generator=generator).to(dtype) for generator in generators]
+    mine, want = parts[ranks.shard.rank].cuda(), sum(parts).cuda()
+    ranks.total(mine[0].clone())  # makes what a graph cannot
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        found = torch.stack([ranks.total(part.clone()) for part in mine])
+    for _ in range(20):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, want)
+
+
+@on_gpus
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpus_give_one_ranks_logits_and_tokens(tmp_path, dtype):
+    path, prompts = make(tmp_path, seed=3, **FOUR), [prompt_of(n, seed=n) for n in (1, 5, 17, 40)]
+    one, gpus = GPTOSS.from_pretrained(path), GPTOSS.from_pretrained(path, "cuda", dtype)
+    found, want = gpus.logits(prompts[3]).cpu(), one.logits(prompts[3])
+    assert relative(found, want) < (1e-4 if dtype == torch.float32 else 0.15)
+    if dtype == torch.float32:  # a graph's
+        assert gpus.generate(prompts, 16) == one.generate(prompts, 16)
+    options = dict(temperature=1.0, top_p=0.9)
+    drawn = torch.tensor(gpus.generate(prompts, 16, stop_tokens=(), **options)).cuda()
+    others = drawn.clone()
+    dist.broadcast(others, 0)
+    assert torch.equal(drawn, others)
 
 
 # --------------------------------------------------------------------------------------------------
