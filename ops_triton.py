@@ -31,7 +31,8 @@ LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = 2^(x LOG2E)
 GROUP = tl.constexpr(32)  # values that share a scale (OCP Microscaling Formats v1.0, 5.2)
 DECODE_TOKENS = 16  # up to here: one tile of tokens meets the weights of each active expert
 LINEAR_ROWS = 4  # of weights a program, of which each lane of 4 warps holds 1/128
-SPLITS, SPLIT_KEYS = tl.constexpr(16), tl.constexpr(128)  # most parts of a sequence; keys at once
+SPLITS = tl.constexpr(16)  # parts of a sequence's keys, at most
+SPLIT_KEYS = tl.constexpr(128)  # of a part, while there are no more parts
 
 
 def next_power(n: int, least: int = 1) -> int:
@@ -219,10 +220,10 @@ def rotated(head, c, s, d, live, D: tl.constexpr):
 
 
 @triton.jit
-def cached(pool, table, position, g, C, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, live):
+def cached(pool, table, position, g, C, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr):
     """Pointers to the keys of head g at these positions; the values are G * D further."""
     index = position % C
-    page = tl.load(table + index // PAGE, mask=live, other=0)
+    page = tl.load(table + index // PAGE)
     slot = (page * PAGE + index % PAGE).to(tl.int64)
     return pool + slot * (2 * G * D) + g * D
 
@@ -232,7 +233,7 @@ def load_cached(
     pool, table, key, end, g, d, C, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr
 ):
     """Keys and values [L, COLUMNS] of head g at positions `key` [L] before `end`."""
-    at = cached(pool, table, key, g, C, G, D, PAGE, key < end)[:, None] + d[None, :]
+    at = cached(pool, table, key, g, C, G, D, PAGE)[:, None] + d[None, :]
     there = (key[:, None] < end) & (d[None, :] < D)
     return tl.load(at, mask=there, other=0.0), tl.load(at + G * D, mask=there, other=0.0)
 
@@ -254,7 +255,7 @@ def attend(q, k, v, seen, top, total, acc, scale):
 def decode_kernel(
     qkv, sinks, pool, out, cos, sin, positions, table, parts, arrived, P, scale,
     WINDOW: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HIP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr, HIP: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (g, s, z): part z of the keys that sequence s's one token sees, for the M query heads
@@ -274,13 +275,13 @@ def decode_kernel(
     length = tl.cdiv(position - first, used)  # of a part
     begin = first + z * length
     end = tl.minimum(begin + length, position)
-    m, d, key = tl.arange(0, ROWS), tl.arange(0, COLUMNS), begin + tl.arange(0, SPLIT_KEYS)
+    m, d, key = tl.arange(0, ROWS), tl.arange(0, COLUMNS), begin + tl.arange(0, KEYS)
     live = (m[:, None] < M) & (d[None, :] < D)
     table += s * P
     C = P * PAGE
     # What is no result of this layer is on its way while the kernel before makes qkv.
     k, v = load_cached(pool, table, key, end, g, d, C, G, D, PAGE)
-    slot = cached(pool, table, position, g, C, G, D, PAGE, True)
+    slot = cached(pool, table, position, g, C, G, D, PAGE)
     column = d[None, :]
     inside = column < D
     cosine, sine = turn(cos + s * (D // 2), sin + s * (D // 2), column, inside, D)
@@ -306,8 +307,8 @@ def decode_kernel(
 
     # No part is empty but the only one of a sequence's first token.
     top, total, acc = attend(q, k, v, (key < end)[None, :], top, total, acc, scale)
-    for start in tl.range(begin + SPLIT_KEYS, end, SPLIT_KEYS):
-        key = start + tl.arange(0, SPLIT_KEYS)
+    for start in tl.range(begin + KEYS, end, KEYS):
+        key = start + tl.arange(0, KEYS)
         k, v = load_cached(pool, table, key, end, g, d, C, G, D, PAGE)
         top, total, acc = attend(q, k, v, (key < end)[None, :], top, total, acc, scale)
 
@@ -421,7 +422,7 @@ def cache_kernel(
     if (position < 0) | (position <= tl.load(newest + s) - C):
         return
     token = token.to(tl.int64)
-    at = cached(pool, table + s * P, position, g, C, G, D, PAGE, True) + d
+    at = cached(pool, table + s * P, position, g, C, G, D, PAGE) + d
     k = tl.load(keys + (token * G + g) * D + d, mask=d < D)
     v = tl.load(qkv + (token * (M * G + 2 * G) + M * G + G + g) * D + d, mask=d < D)
     tl.store(at, k, mask=d < D)
@@ -449,11 +450,13 @@ def attention(qkv: Tensor, sinks: Tensor, pool: Tensor, kind: str, plan: Plan) -
         room = P * plan.page_size
         most = min(room, window) if sliding else room  # keys
         splits = min(triton.cdiv(most, SPLIT_KEYS.value), SPLITS.value)
-        rows = next_power(M, 16)
+        rows, tile = next_power(M, 16), SPLIT_KEYS.value
+        if on_hip():  # whose scalar registers hold no more masks
+            tile //= 2
         parts = qkv.new_empty(S * G * splits, rows, columns + 4, dtype=torch.float32)
         decode_kernel[(G, S, splits)](
             qkv, sinks, pool, out, *step, table, parts, plan.arrived, P, scale, window,
-            plan.page_size, M, G, D, rows, columns, on_hip(), num_warps=4, **overlapping(),
+            plan.page_size, M, G, D, rows, columns, tile, on_hip(), num_warps=4, **overlapping(),
         )  # fmt: skip
         return out
     keys = qkv.new_empty(T, G, D)

@@ -310,7 +310,7 @@ def test_kernels_for_any_gpu():
     )  # fmt: skip
     with gfx950.emulate() as gpu:
         found = bench_ops.Bench(torch.device("cpu"), 600, math.inf, io.StringIO())
-        bench_ops.moe(found, config, [1, 20], [], "bf16")
+        bench_ops.moe(found, config, [1, 20], [], "bf16", [])
         bench_ops.attention(found, config, [(2, 1, 20), (1, 18, 0)])
         bench_ops.norms(found, config, [1])
         bench_ops.linears(found, config, [1])

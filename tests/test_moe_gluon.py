@@ -172,6 +172,18 @@ def test_packed_bytes_are_where_the_comment_draws_them():
     assert packed.bias.dtype == torch.float32
 
 
+def test_the_worked_example_of_an_address():
+    """Position 37 is column 25; k = 256 is byte 128 of its row, scale group 8."""
+    experts = make_experts(1, 2880, 32)
+    packed, g = (
+        prepare(experts, "mxfp8").gate_up,
+        moe_gluon.prefill_tile(2880, 64, FORMATS["mxfp8"]),
+    )
+    assert (g.w_strip, g.w_chunk, g.lane, g.scale_block) == (23040, 256, 16, 5760)
+    assert packed.data.flatten()[48208] == experts.gate_up_weight[0, 25, 128]
+    assert packed.scale.flatten()[534] == experts.gate_up_scale[0, 25, 8]
+
+
 def test_prepare_refuses_what_does_not_fit():
     fp4, bf16 = make_experts(2, 64, 32), make_experts(2, 64, 32, bf16=True)
     with pytest.raises(ValueError, match="bf16.*need.*bfloat16.*use fp8 or"):
@@ -200,9 +212,8 @@ def test_moe_refuses_what_the_kernels_do_not_take():
     with pytest.raises(ValueError, match=r"\[3, 32\]"):
         moe(x[:, :32], router_weight, router_bias, packed, 2)
     assert moe(x[:0], router_weight, router_bias, packed, 2).shape == (0, 64)
-    packed.down.K = 16384
     with pytest.raises(ValueError, match="inner size 16384"):
-        moe_gluon.gemm("combine", packed)
+        moe_gluon.combine_tile(16384, 64, FORMATS["mxfp8"], top_k=4)
 
 
 # -- routing
@@ -244,7 +255,7 @@ def test_routing(T, E, top_k):
     torch.testing.assert_close(routing.gates[:, :top_k], want[:, :top_k].softmax(-1))
     expert_of_row, rows = chosen[:, :top_k].flatten().sort(stable=True)
     rows = rows // top_k * slots + rows % top_k
-    assert torch.equal(routing.rows[: len(rows)].long(), rows)
+    assert torch.equal(routing.pairs[: len(rows)].long(), rows)
     tiles, place = [], 0
     for e, count in zip(*expert_of_row.unique(return_counts=True), strict=True):
         tiles += [

@@ -107,7 +107,7 @@ def launch_row(launch, packed) -> dict:
     workgroups = math.prod(launch.grid)
     row = {
         "kernel": launch.name,
-        "tile": moe_gluon.tile(launch.name, packed),
+        "tile": moe_gluon.tile_size(launch.name, packed),
         "workgroups": workgroups,
         "waves": launch.waves // workgroups,
     } | launch.profile

@@ -328,8 +328,7 @@ def loop_table(formats: tuple[str, ...]) -> str:
     for activations in formats:
         launch = full_tiles(activations)[0]
         n, p = figures(launch), launch.profile
-        packed = packed_experts(activations, 1, 64, 32)
-        ring = moe_gluon.slices(packed, packed.gate_up).RING
+        ring = moe_gluon.prefill_tile(128, 64, moe_gluon.FORMATS[activations]).RING
         per = 512 / (ring * (32 if activations == "bf16" else 128))  # iterations for 512 of K
         loop, matrix = n.loop, n.total["matrix"]
         cells[activations] = (
@@ -348,11 +347,11 @@ def loop_table(formats: tuple[str, ...]) -> str:
 
 @gluon.jit
 def order_kernel(out, tiles, num_tiles, g: gl.constexpr):
-    tile, _, count, column = moe_gluon.tile_of_program(tiles, num_tiles, g)
+    tile, start = moe_gluon.tile_of_program(tiles, num_tiles, g)
     out += 3 * gl.program_id(0)
-    gl.store(out, tile)
-    gl.store(out + 1, column)
-    gl.store(out + 2, count)
+    gl.store(out, tile.expert)
+    gl.store(out + 1, start)
+    gl.store(out + 2, tile.count)
 
 
 def order(tiles, N):
@@ -367,7 +366,7 @@ def order(tiles, N):
             programs,
             listed,
             torch.tensor([tiles], dtype=torch.int32),
-            moe_gluon.Slices(128, N, "e4m3", False, "e2m1", 2),
+            moe_gluon.prefill_tile(128, N, moe_gluon.FORMATS["fp8"]),
             num_warps=1,
         )
     chiplets = [
