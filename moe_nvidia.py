@@ -344,8 +344,7 @@ START_NEXT = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 @gluon.jit
 def order(INSTRUCTION: gl.constexpr):
     """An instruction that accesses to memory are not moved across. STAY costs nothing, as a warp is
-    together anyway: without it ptxas moves loads down towards their use, to save registers. What is
-    no access does move across: products stay below the loads before them only behind a branch."""
+    together anyway: without it ptxas moves loads down towards their use, to save registers."""
     gl.inline_asm_elementwise(
         INSTRUCTION, "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -380,7 +379,7 @@ def expert_gemm(
 ):  # fmt: skip
     """float32 [16 NB WN, 8]: rows of an expert's weight, from 16 NB WN n on, times 8 rows of x,
     over all of K. row, live [8, 1, 1, 1]. PDL: the kernel before this one makes x. `steps` is
-    known only at launch, so that the loop and its branches stay what they are."""
+    known only at launch, so that the loop stays one."""
     NB: gl.constexpr = g.NB * g.WN
     AHEAD: gl.constexpr = g.AHEAD
     X_AHEAD: gl.constexpr = g.X_AHEAD
@@ -415,10 +414,10 @@ def expert_gemm(
         for j in gl.static_range(AHEAD):
             xs = xs + (load_inputs(x, live, step, j + X_AHEAD, g),)
             order(STAY)
-            if step + j < steps:
-                w = dequantise(ws[0][0], ws[0][1], left, g)
-                acc = mma_v2(w, right_operand(xs[0], right), acc)
+            w = dequantise(ws[0][0], ws[0][1], left, g)
+            acc = mma_v2(w, right_operand(xs[0], right), acc)
             ws, xs = ws[1:] + (load_weights(data, scale, step, j + AHEAD, g),), xs[1:]
+            order(STAY)
         data += AHEAD * g.WK * BLOCKS * 128
         scale += AHEAD * g.WK * BLOCKS * 8
         x += AHEAD * g.WK * 32

@@ -341,14 +341,12 @@ def test_compiled_for_gpus_that_are_not_here(gpu, model, T):
         assert "ld.global.v4.b32" in loop and "ld.global.v2" not in loop
 
 
-@pytest.mark.parametrize("T", [1, 8])
-def test_loads_stay_between_the_products_of_two_steps(T):
-    """Left to itself, ptxas moves the loads of all steps to the end of the loop, and what is in
-    flight there is on its way for a step and not for AHEAD of them."""
+def test_loads_stay_ahead_of_the_products():
+    """ptxas moves the loads of all steps down to one place, the loop's end, unless it is kept from
+    it: then their latency is a step's, not that of all steps ahead. Kept from it, it still moves
+    some; a loop in which it moves none has a branch a step and takes 3% more of a model's step."""
     with compile_ops.compiling_for("sm_90") as found:
-        compile_ops.launch_moe(moe_nvidia, weights.published("120b"), T)
-    for kernel, cut in zip(found[1:], moe_nvidia.cuts_for(T, 5760, 2880), strict=True):
+        compile_ops.launch_moe(moe_nvidia, weights.published("120b"), 8)
+    for kernel in found[1:]:
         order = "".join(i[0] for i in kernel.order if i in ("LDG", "HMMA"))  # L and H
-        products, loads = (order.count(i) // cut.AHEAD for i in "HL")  # of a step
-        assert max(map(len, order.split("L"))) <= products
-        assert max(map(len, order.split("H"))) <= 1.5 * loads
+        assert max(map(len, order.split("H"))) <= order.count("L") * 2 / 3
