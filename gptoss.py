@@ -467,10 +467,8 @@ class Ranks:
         store, rank, ranks = next(dist.rendezvous("env://"))
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
-        joined, pairs = (
-            cls(weights.Shard(rank, ranks), store),
-            itertools.permutations(range(here), 2),
-        )
+        joined = cls(weights.Shard(rank, ranks), store)
+        pairs = itertools.permutations(range(here), 2)
         peers = gpu and torch.version.cuda and here == ranks  # NVIDIA's GPUs, of one machine
         if peers and all(torch.cuda.can_device_access_peer(*pair) for pair in pairs):
             from torch.distributed import _symmetric_memory as symmetric_memory
