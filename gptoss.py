@@ -453,7 +453,7 @@ class Ranks:
     def join(cls, device: str) -> "Ranks":
         """Meets the ranks that torchrun started, if it did; "cuda" becomes one GPU of each. Raises
         ValueError for another launch of several, and for a device that they cannot use."""
-        ranks, gpu = int(os.environ.get("WORLD_SIZE", 1)), torch.device(device).type == "cuda"
+        ranks, gpu = int(os.environ.get("WORLD_SIZE", 1)), device.startswith("cuda")
         if ranks == 1:
             return cls()
         if not dist.is_torchelastic_launched():
