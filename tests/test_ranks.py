@@ -354,6 +354,8 @@ def test_each_rank_takes_a_gpu(monkeypatch, device):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds the ranks in Linux's /proc")
 def test_a_rank_that_dies_ends_all():
+    """torchrun's report names it. Another rank may lose its connection to it before torchrun ends
+    that one too, and then says so in a line of its own."""
     long = ["--prompt", "1 1 1 1", "--raw", "--max-new-tokens", "6000"]
     process = torchrun("gptoss.py", *long, start_new_session=True)
     try:
@@ -364,10 +366,29 @@ def test_a_rank_that_dies_ends_all():
         os.kill(ranks[1], signal.SIGKILL)
         err = process.communicate(timeout=60)[1]
         assert process.returncode == 1 and not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
-        assert said(err) == ["gptoss: another rank ended, see torchrun's report"], err
+        assert f"Signal 9 (SIGKILL) received by PID {ranks[1]}" in err
+        assert said(err) in ([], ["gptoss: another rank ended, see torchrun's report"]), err
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_rank_that_fails_says_why(tmp_path):
+    """Though it is not the first, and no other speaks."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import gptoss
+def accept(engine, sequences, tokens):
+    raise RuntimeError("no memory is left" + chr(10) + "for this")
+if os.environ["RANK"] == "1":
+    gptoss.Engine.accept = accept
+sys.exit(gptoss.main())
+""")
+    process = torchrun(str(script), "--prompt", "1 1 1 1", "--raw", "--max-new-tokens", "6000")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and said(err) == ["gptoss: no memory is left"], err
 
 
 @pytest.mark.slow
