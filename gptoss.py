@@ -56,6 +56,7 @@ EXPAND_BELOW = 1 << 25  # bytes: a layer's experts that are smaller as float32 a
 ONE_SHOT = 1 << 19  # bytes of partial sums that the GPUs read from each other rather than by NCCL
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
 OPS = ("auto", "torch", "triton", "gluon")
+KERNELS = ("ops_triton", "moe_gluon", "moe_nvidia")  # rooms without which the equations run
 SWIGLU_ALPHA = weights.ARCHITECTURE["swiglu_alpha"]
 
 
@@ -423,7 +424,7 @@ def nvidia_ops(triton: Ops) -> Ops:
 
 def driven_by_triton(device: torch.device) -> bool:
     """Whether Triton and the kernels are there, and its active driver's device is `device`."""
-    if not all(map(importlib.util.find_spec, ("triton", "ops_triton", "moe_gluon"))):
+    if not all(map(importlib.util.find_spec, ("triton", *KERNELS))):
         return False
     import triton
 

@@ -16,8 +16,8 @@ bytes, which are the operands of four instructions, 16 rows of weights x 64 inpu
 are the right operand, 8 columns. No shared memory, no barrier and no change of layout lies in
 between; the warps of a program split K, several loads of each are in flight, and the warps' sums
 meet in shared memory at the end, in a fixed order. That order depends on K and on how many warps
-split it: a token's result is the same in every run, and does not depend on its batch while that
-stays within 1 to 8 tokens, or above.
+split it, which is the same for 1 to 8 tokens: a token's result does not depend on its batch, and is
+the same in every run.
 
 With PDL (programmatic dependent launch, sm_90 and newer) a kernel starts while the one before it
 still runs, asks for the weights that it will need, and waits for that one only then. Since each
@@ -114,8 +114,8 @@ def prepare(experts, activations: str) -> Packed:
         if N % GROUP or K % GROUP:
             raise ValueError(f"an expert weight of {N} x {K}: expected multiples of {GROUP}")
     gate_up, down = (pack(*w, pair) for w, pair in zip(weights, (2, 1), strict=True))
-    counters = 1 + down.N // 16  # of route and of combine
-    return Packed(gate_up, down, activations, down.bias.new_zeros(max(counters, 1 << 12)).int())
+    counters = max(1 + down.N // 16, 1 << 12)  # of route and of combine; ops_triton needs as many
+    return Packed(gate_up, down, activations, down.bias.new_zeros(counters, dtype=torch.int32))
 
 
 def pack(weight: Tensor, scale: Tensor, bias: Tensor, pair: int) -> Weight:
@@ -206,7 +206,7 @@ def words_layout(WK, WN):
 @gluon.constexpr_function
 def right_layout(WK, WN):
     """Blocks of inputs as memory has them, [8, WK, 4, 8 words]: lane 4 r + c holds the 32 bytes c
-    of column r of each 8; the WN warps that share a block of K hold the same."""
+    of column r; the WN warps that share a block of K hold the same."""
     registers, lanes = bits(8, 3, 4), bits(4, 2, 4) + bits(8, 0, 4)
     warps = [[0, 0, 0, 0]] * (WN.bit_length() - 1) + bits(WK, 1, 4)
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [8, WK, 4, 8])
@@ -214,8 +214,8 @@ def right_layout(WK, WN):
 
 @gluon.constexpr_function
 def left_layout(WK):
-    """Rows of the router as memory has them, [WK, 16 rows, 4, 8 words]: lane 4 r + c holds the 32
-    bytes c of rows r and r + 8."""
+    """Rows of bfloat16 weights as memory has them, [WK, 16 rows, 4, 8 words]: lane 4 r + c holds
+    the 32 bytes c of rows r and r + 8."""
     registers, lanes = bits(8, 3, 4) + bits(2, 1, 4, 8), bits(4, 2, 4) + bits(8, 1, 4)
     return gl.DistributedLinearLayout(registers, lanes, bits(WK, 0, 4), [], [WK, 16, 4, 8])
 
@@ -244,8 +244,8 @@ def iota(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr, rank: gl.
 # Lane 4 r + c of the matrix instruction's left operand holds inputs 8 m + 2 c + h of rows r and r +
 # 8 of a block, m < 8, h < 2, and of the right operand the same inputs of column r: eight words of
 # two bfloat16. So that they are 32 consecutive bytes, the inputs of the expert GEMMs are stored
-# with word 4 m + c of a block's 32 at 8 c + m. The router's GEMM needs no such order: it takes word
-# 8 c + m of both operands for 4 m + c, which changes the order of its sums only.
+# with word 4 m + c of a block's 32 at 8 c + m. The GEMMs of bfloat16 weights need no such order:
+# they take word 8 c + m of both operands for 4 m + c, which changes the order of their sums only.
 
 DEQUANTISE_OPERANDS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 12))
 
@@ -769,9 +769,9 @@ def moe(
     swiglu_limit: float = 7.0,
 ) -> Tensor:
     """x bfloat16 [T, H], T at most MAX_TOKENS; router_weight bfloat16 [E, H], router_bias [E] ->
-    [T, H]. Three launches. A token's result does not depend on the other tokens while there are 1
-    to 8, or while there are more. ValueError for experts that were prepared for other activations,
-    for x of another dtype and for too many tokens."""
+    [T, H]. Three launches. A token's result does not depend on the other tokens. ValueError for
+    experts that were prepared for other activations, for x of another dtype and for too many
+    tokens."""
     if packed.activations != activations:
         raise ValueError(
             f"experts were prepared for {packed.activations!r} activations, not for {activations!r}"
@@ -801,12 +801,8 @@ def moe(
 
     # activations of the expert GEMMs, in words of two bfloat16 and whole blocks
     seen, h = new(T, triton.cdiv(H, 64) * 32), new(R, triton.cdiv(down.K, 64) * 32)
-    listed = (
-        new(tiles),
-        new(tiles),
-        new(tiles, COLUMNS.value),
-        new(1),
-    )  # experts, sizes, rows, count
+    experts, sizes, rows, count = new(tiles), new(tiles), new(tiles, COLUMNS.value), new(1)
+    listed = experts, sizes, rows, count
     gates = new(R, dtype=torch.float32)
     logits, y = (new(*s, dtype=torch.float32) for s in ((ROUTE_PARTS, T, E), (R, H)))
     route_kernel[(triton.cdiv(E, 16) + 1, ROUTE_PARTS)](

@@ -907,6 +907,18 @@ def test_equations_need_neither_triton_nor_the_kernels(tmp_path):
 
 
 @needs_triton
+@pytest.mark.parametrize("room", ["ops_triton", "moe_gluon", "moe_nvidia"])
+def test_a_room_of_kernels_that_is_gone_leaves_the_equations(monkeypatch, room):
+    import gfx950
+
+    find, cpu = importlib.util.find_spec, torch.device("cpu")
+    with gfx950.emulate():
+        assert gptoss.driven_by_triton(cpu)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == room else find(n))
+        assert gptoss.choose_ops("auto", cpu) is gptoss.EQUATIONS
+
+
+@needs_triton
 def test_command_line_emulates():
     run = cli("--emulate", "--raw", "--prompt", "What", "--max-new-tokens", "2")
     assert (

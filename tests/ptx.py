@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import triton
-from compile_ops import SHARED, target_of
+from compile_ops import driving
 from triton.runtime.cache import get_cache_manager
 
 SIZE = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64}
@@ -114,7 +114,7 @@ class Program:
                 active = (self.registers[predicate] != 0) ^ negated
             if op[0] == "ret" or op[0] == "bra":
                 if active.any() != active.all():
-                    raise NotImplementedError("threads of a program branch differently")
+                    raise ValueError("threads of a program branch differently")
                 if active.all():
                     if op[0] == "ret":
                         return
@@ -286,7 +286,7 @@ class Program:
         if "shared" in op:
             memory = self.shared
         else:
-            memory, offsets = self.gpu.memory(offsets, op[0], self.waited)
+            memory, offsets = self.gpu.memory(offsets, op[0], self.waited, "cg" in op)
         if op[0] == "ld":
             raw = memory[offsets].reshape(len(at), len(names), size)
             for i, name in enumerate(names):
@@ -356,20 +356,22 @@ class Program:
 
 @dataclass
 class Launch:
-    """Bytes are by tensor; `early` those loaded before a program waited for the kernel before."""
+    """Bytes are by tensor; `early` those loaded before a program waited for the kernel before, and
+    `cached` those of them that the L1 cache may have given."""
 
     name: str
     grid: tuple[int, int, int]
     loaded: Counter = field(default_factory=Counter)
     stored: Counter = field(default_factory=Counter)
     early: Counter = field(default_factory=Counter)
+    cached: Counter = field(default_factory=Counter)
 
 
 class Gpu:
     def __init__(self, seed: int):
         self.random, self.launches, self.tensors = random.Random(seed), [], []
 
-    def memory(self, offsets, how: str, waited: bool):
+    def memory(self, offsets, how: str, waited: bool, past_l1: bool = False):
         """The tensor that holds all these addresses, as bytes, and the offsets in it."""
         launch = self.launches[-1]
         for name, first, data in self.tensors:
@@ -379,6 +381,7 @@ class Gpu:
                     raise PermissionError(f"{launch.name} writes to {name} before it waits")
                 if not waited:
                     launch.early[name] += offsets.size
+                    launch.cached[name] += 0 if past_l1 else offsets.size
                 return data, offsets - first
         raise IndexError(f"{how} outside all tensors: {offsets.min():#x} .. {offsets.max():#x}")
 
@@ -403,7 +406,6 @@ class Gpu:
 @contextmanager
 def emulate(name: str, seed: int = 0):
     """Inside the block kernels are compiled for the GPU `name` and executed here."""
-    target = target_of(name)
 
     class Launcher:
         def __init__(self, src, metadata):
@@ -414,29 +416,8 @@ def emulate(name: str, seed: int = 0):
         def __call__(self, x, y, z, stream, function, packed, launch, enter, leave, *args):
             kinds = self.src.signature.items()
             args = [(n, a) for (n, t), a in zip(kinds, args, strict=True) if t != "constexpr"]
-            gpu = triton.runtime.driver.active.gpu  # a kernel outlives its driver
+            gpu = triton.runtime.driver.active.state
             gpu.launch(self.src.name, self.code, self.metadata, (x, y, z), args)
 
-    class Driver:
-        launcher_cls, gpu = Launcher, Gpu(seed)
-
-        class utils:
-            load_binary = staticmethod(lambda name, *_: (name, name, 0, 0, 1024))
-            get_device_properties = staticmethod(
-                lambda _: dict(
-                    max_shared_mem=SHARED[name], multiprocessor_count=132, warpSize=target.warp_size
-                )
-            )
-
-        get_current_target = staticmethod(lambda: target)
-        get_current_device = staticmethod(lambda: f"{name}, emulated")
-        get_current_stream = staticmethod(lambda _: 0)
-        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
-
-    config = triton.runtime.driver
-    before = config._active
-    config.set_active(Driver())
-    try:
-        yield Driver.gpu
-    finally:
-        config._active = before
+    with driving(name, Launcher, Gpu(seed), "cpu", "emulated") as gpu:
+        yield gpu

@@ -3,14 +3,17 @@ runs."""
 
 import importlib
 import json
+import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from common import ROOT, TINY
 
 import bench
+import gptoss
 import weights
 from gptoss import GPTOSS, Ranks
 
@@ -142,6 +145,20 @@ def test_no_memory_is_one_line_that_says_what_to_do(error, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith("bench: out of memory with --checkpoint random:120b: lower --concurrency")
+
+
+def test_made_up_sequences_choose_their_experts_nearly_independently():
+    """Eight tokens that chose 4 of 32 at random would meet 32 (1 - (1 - 4/32)^8) = 21; sequences
+    that all follow the biases meet 9."""
+    config = replace(
+        weights.published("20b"), hidden_size=288, intermediate_size=96, num_attention_heads=8,
+        num_key_value_heads=2, num_hidden_layers=6, vocab_size=2000,
+        layer_types=weights.published("20b").layer_types[:6],
+    )  # fmt: skip
+    model = gptoss.GPTOSS(weights.random(config, "openai"), "cpu", torch.float32)
+    draw = random.Random(0)
+    prompts = [draw.choices(range(2000), k=32) for _ in range(8)]
+    assert 17 < bench.met_experts(model, prompts) < 23
 
 
 def test_an_error_without_words_is_named(capsys, monkeypatch):

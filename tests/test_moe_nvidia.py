@@ -3,6 +3,7 @@ for an H100, executed by ptx.py, and where there is an NVIDIA GPU the kernels on
 
 import contextlib
 import math
+import re
 from dataclasses import replace
 
 import compile_ops
@@ -266,11 +267,15 @@ def test_what_is_read_before_the_kernel_before_is_done():
     assert set(launches["route"].early) == {"router_weight"}
     assert set(launches["dispatch"].early) == set()
     assert set(launches["combine"].early) == {"data", "scale", "bias", *lists}
-    # L1 is not emptied between `route` and a combine that starts early
+    # L1 is not emptied between `route` and a combine that starts early.
+    cached = launches["combine"].cached
+    assert {name for name in cached if cached[name]} == {"data", "scale", "bias"}
+    # Programs are executed one after the other: in what order dispatch waits and lets combine start
+    # is in its text.
     with compile_ops.compiling_for("sm_90") as found:
         compile_ops.launch_moe(moe_nvidia, weights.published("20b"), 1)
-    before = found[-1].text.partition("griddepcontrol.wait")[0]
-    assert before.count("ld.global.cg") >= len(lists)
+    order = re.findall(r"griddepcontrol\.(\w+)", found[1].text)
+    assert found[1].name == "dispatch_kernel" and order == ["wait", "launch_dependents"]
 
 
 # -- dense layers ---------------------------------------------------------------------------------

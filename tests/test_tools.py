@@ -7,16 +7,21 @@ import math
 import sys
 
 import bench_moe
+import compile_ops
 import counts
 import first_run
 import peer_gpu
+import profile_step
 import pytest
 import torch
 import triton
 from common import TINY
 
+import bench
 import gfx950
+import gptoss
 import moe_gluon
+import moe_nvidia
 import ops_triton
 import weights
 from gfx950 import matrix
@@ -102,6 +107,25 @@ def test_a_decode_step_asks_for_what_it_needs():
     assert n["least"]["keys"] == 18 * (127 + 512) * 2 * 8 * 64 * 2
     for kind, most in (("experts", 1.01), ("router", 1.01), ("dense", 1.0), ("keys", 1.1)):
         assert 1 <= n["requested"][kind] / n["least"][kind] <= most
+
+
+def test_every_kernel_of_a_step_has_its_kind():
+    """In the profile of a step only PyTorch's small operators are of the last kind."""
+    c = weights.published("20b")
+    with compile_ops.compiling_for("sm_90") as found:
+        compile_ops.launch_layer(c, 1)
+        compile_ops.launch_moe(moe_nvidia, c, 1)
+    *named, rest = profile_step.KINDS
+    assert {profile_step.kind_of(kernel.name) for kernel in found} == set(named)
+    assert profile_step.kind_of("nvjet_tst_64x8_64x16_4x1_v_bz_TNT") == "dense layers"
+    assert profile_step.kind_of("vectorized_elementwise_kernel") == rest
+    model = gptoss.GPTOSS(weights.load(TINY))
+    c, tokens, context = model.config, 2, 10
+    least = profile_step.floors(model, tokens, context, c.num_local_experts / 2)
+    assert least["attention"] == tokens * context * 4 * 2 * (
+        c.num_key_value_heads * c.head_dim * c.num_hidden_layers
+    )
+    assert least["experts"] == sum(bench.nbytes(layer.packed) for layer in model.layers) / 2
 
 
 def test_tables_of_another_compiler_are_refused(monkeypatch):

@@ -118,11 +118,21 @@ def compiling_for(name: str):
             registers, spills, *text_and_loop = self.what
             shared = self.metadata.shared
             kernel = Compiled(self.src.name, (x, y, z), registers, spills, shared, *text_and_loop)
-            triton.runtime.driver.active.found.append(kernel)  # a kernel outlives its driver
+            triton.runtime.driver.active.state.append(kernel)
+
+    with driving(name, Launcher, [], "meta", "not here") as found:
+        yield found
+
+
+@contextmanager
+def driving(name: str, launcher: type, state, place: str, where: str):
+    """Inside the block Triton compiles for the GPU `name`, whose tensors are on the device `place`,
+    and `launcher` launches. Yields `state`, which is triton.runtime.driver.active.state there; a
+    kernel outlives it. where: apart from that of other drivers, whose kernels are not these."""
+    target = target_of(name)
 
     class Driver:
-        launcher_cls = Launcher
-        found = []
+        launcher_cls = launcher
 
         class utils:
             load_binary = staticmethod(lambda name, *_: (name, name, 0, 0, 1024))
@@ -133,16 +143,16 @@ def compiling_for(name: str):
             )
 
         get_current_target = staticmethod(lambda: target)
-        # apart from kernels that an emulator compiled
-        get_current_device = staticmethod(lambda: f"{name}, not here")
+        get_current_device = staticmethod(lambda: f"{name}, {where}")
         get_current_stream = staticmethod(lambda _: 0)
-        get_active_torch_device = staticmethod(lambda: torch.device("meta"))
+        get_active_torch_device = staticmethod(lambda: torch.device(place))
 
     config = triton.runtime.driver
     before = config._active
+    Driver.state = state
     config.set_active(Driver())
     try:
-        yield Driver.found
+        yield state
     finally:
         config._active = before
 

@@ -46,6 +46,7 @@ import bench_ops
 
 import bench
 import gptoss
+import moe_nvidia
 import weights
 from gptoss import EQUATIONS
 
@@ -190,8 +191,10 @@ def emulated(**how):
 
 def operations(card: Card) -> dict[str, gptoss.Ops]:
     """The kernels that the engine can use here, by the file of their layer."""
-    ops = [gptoss.choose_ops(name, card.device) for name in ("triton", "auto")]
-    return {found.moe.__module__: found for found in ops}
+    triton_ops, auto = (gptoss.choose_ops(name, card.device) for name in ("triton", "auto"))
+    nvidia = "moe_nvidia or ops_triton"  # by the number of tokens and the format
+    room = nvidia if moe_nvidia.is_supported() else auto.moe.__module__
+    return {"ops_triton": triton_ops, room: auto}
 
 
 @functools.lru_cache(maxsize=2)  # one of SMALL, one of LARGE
