@@ -53,7 +53,6 @@ MAX_BATCH = 64  # sequences that decode together
 PREFILL_TOKENS = 2048  # tokens of prompts that run together
 SCORES = 1 << 26  # heads x queries x keys whose attention scores are in memory together
 EXPAND_BELOW = 1 << 25  # bytes: a layer's experts that are smaller as float32 are expanded, at load
-ONE_SHOT = 1 << 19  # bytes of partial sums that the GPUs read from each other rather than by NCCL
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
 OPS = ("auto", "torch", "triton", "gluon")
 KERNELS = ("ops_triton", "moe_gluon", "moe_nvidia")  # rooms without which the equations run
@@ -85,6 +84,8 @@ class Ops(NamedTuple):
     capturable: bool  # no operation waits for the device: a decode step can be a graph
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # that x may have
     linear: Callable = F.linear  # (x [T, K], weight [N, K], bias [N] | None) -> [T, N]
+    meet: Callable | None = None  # (rank, ranks, rows, H, dtype, device) -> peers; once, at load
+    sum_norm: Callable | None = None  # (x, y, scale, eps, peers): add_norm of all ranks' partial y
 
 
 # --------------------------------------------------------------------------------------------------
@@ -390,8 +391,9 @@ def choose_ops(name: str, device: torch.device) -> Ops:
     import ops_triton as t
 
     triton = Ops(
-        t.prepare, t.plan, t.add_norm, t.attention, t.moe, capturable=True, linear=t.linear
-    )
+        t.prepare, t.plan, t.add_norm, t.attention, t.moe, True,
+        linear=t.linear, meet=t.meet, sum_norm=t.sum_norm,
+    )  # fmt: skip
     if name == "auto" and moe_nvidia.is_supported():
         return nvidia_ops(triton)
     if name == "triton" or name == "auto" and not moe_gluon.is_supported():
@@ -447,8 +449,9 @@ class Ranks:
     the same and so hold the same tokens. A process alone is rank 0 of one."""
 
     def __init__(self, shard: weights.Shard = weights.WHOLE, store=None):
-        self.shard, self.store, self.said, self.symmetric = shard, store, 0, None
+        self.shard, self.store, self.said = shard, store, 0
         self.alone = shard.ranks == 1
+        self.linked = False  # GPUs of one machine that see each other's memory
 
     @classmethod
     def join(cls, device: str) -> "Ranks":
@@ -470,26 +473,15 @@ class Ranks:
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
         joined = cls(weights.Shard(rank, ranks), store)
         pairs = itertools.permutations(range(here), 2)
-        peers = gpu and torch.version.cuda and here == ranks  # NVIDIA's GPUs, of one machine
-        if peers and all(torch.cuda.can_device_access_peer(*pair) for pair in pairs):
-            from torch.distributed import _symmetric_memory as symmetric_memory
-
-            card = torch.device("cuda", torch.cuda.current_device())
-            joined.symmetric = symmetric_memory.empty(ONE_SHOT, dtype=torch.uint8, device=card)
-            symmetric_memory.rendezvous(joined.symmetric, dist.group.WORLD)
+        if gpu and here == ranks and torch.version.cuda:  # whose kernels were tried
+            joined.linked = all(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
         return joined
 
     def total(self, partial: Tensor) -> Tensor:
         """The sum of all ranks' partial sums, the same bits on every rank."""
-        if self.alone:
-            return partial
-        if self.symmetric is None or partial.nbytes > ONE_SHOT or partial.nbytes % 4:
+        if not self.alone:
             dist.all_reduce(partial)
-            return partial
-        # one_shot_all_reduce_copy would save the copy, but its threads may read before all wrote.
-        seen = self.symmetric.view(partial.dtype)[: partial.numel()].view_as(partial)
-        seen.copy_(partial)
-        return torch.ops.symm_mem.one_shot_all_reduce(seen, "sum", dist.group.WORLD.group_name)
+        return partial
 
     def joined(self, part: Tensor, size: int) -> Tensor:
         """All ranks' columns beside each other: [T, the shard's of `size`] -> [T, size]."""
@@ -670,6 +662,9 @@ class GPTOSS:
         self.activations = choose_activations(activations, checkpoint, self.ops)
         self.stop_tokens = checkpoint.stop_tokens
         self.idle: dict[tuple[int, int], KVCache] = {}  # the last engine's cache, for the next one
+        meeting = self.ranks.linked and self.ops.meet
+        sizes = *self.ranks.shard, MAX_BATCH, self.config.hidden_size
+        self.peers = self.ops.meet(*sizes, self.dtype, self.device) if meeting else None
         self.load(checkpoint)
 
     @classmethod
@@ -721,17 +716,24 @@ class GPTOSS:
     def forward(self, tokens: Tensor, step: Step, pool: Tensor) -> Tensor:
         """tokens [T] at the positions of `step` -> final hidden states [T, H]. Reads and writes the
         KV cache's pool [depth, slots, 2, G, D]."""
-        ops, c, total, y = self.ops, self.config, self.ranks.total, None
+        ops, c, y = self.ops, self.config, None
         x, plan = self.embedding[tokens], ops.plan(step, c)  # [T, H]
         for layer in self.layers:
-            x, h = ops.add_norm(x, y, layer.attn_norm, c.rms_norm_eps)
+            x, h = self.add_norm(x, y, layer.attn_norm)
             qkv = ops.linear(h, layer.qkv_weight, layer.qkv_bias)  # [T, (N + 2G) D]
             a = ops.attention(qkv, layer.sinks, pool[layer.depth], layer.kind, plan)  # [T, N D]
-            y = total(ops.linear(a, layer.out_weight, layer.out_bias))
-            x, h = ops.add_norm(x, y, layer.mlp_norm, c.rms_norm_eps)
+            y = ops.linear(a, layer.out_weight, layer.out_bias)
+            x, h = self.add_norm(x, y, layer.mlp_norm)
             router, top_k = (layer.router_weight, layer.router_bias), c.num_experts_per_tok
-            y = total(ops.moe(h, *router, layer.packed, top_k, self.activations, c.swiglu_limit))
-        return ops.add_norm(x, y, self.norm, c.rms_norm_eps)[1]
+            y = ops.moe(h, *router, layer.packed, top_k, self.activations, c.swiglu_limit)
+        return self.add_norm(x, y, self.norm)[1]
+
+    def add_norm(self, x: Tensor, y: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, H] plus y, of which each rank has a partial sum, and the norm of the result."""
+        eps = self.config.rms_norm_eps
+        if y is not None and self.peers and len(y) <= MAX_BATCH:
+            return self.ops.sum_norm(x, y, scale, eps, self.peers)
+        return self.ops.add_norm(x, y if y is None else self.ranks.total(y), scale, eps)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states [T, H] -> logits, float32 [T, V]."""

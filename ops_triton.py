@@ -16,7 +16,9 @@ one to arrive at a counter adds the parts in a fixed order: results do not chang
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -109,6 +111,93 @@ def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, eps: float) -> tuple[Te
         add_norm_kernel[(T,)](
             x, y, scale, total, norm, H, eps, y is not None, block, num_warps=warps, **overlapping()
         )
+    return total, norm
+
+
+# The same of partial sums that several GPUs hold. An all-reduce and then the kernel above are more
+# latencies in a row than this: each GPU writes its part into the memory of the others and norms.
+
+
+class Peers(NamedTuple):
+    """What one rank sees of the memory through which ranks of one machine add up partial sums."""
+
+    rank: int
+    inboxes: tuple[Tensor, ...]  # of every rank: [2, ranks, rows, H], by turn and by who wrote it
+    arrived: tuple[Tensor, ...]  # of every rank: int32 [2, rows], how many others wrote a row
+    turns: Iterator[int]  # 0, 1, 0, ...: a row is written again when all have read the one between
+
+
+def meet(rank: int, ranks: int, rows: int, H: int, dtype: torch.dtype, device) -> Peers:
+    """Memory for rows of H values that all of `ranks` see; all of them call this together."""
+    from torch.distributed import _symmetric_memory as symmetric_memory  # where there are GPUs
+
+    group = torch.distributed.group.WORLD
+
+    def seen(*shape: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        mine = symmetric_memory.empty(*shape, dtype=dtype, device=device).zero_()
+        handle = symmetric_memory.rendezvous(mine, group)
+        return tuple(handle.get_buffer(r, shape, dtype) for r in range(ranks))
+
+    peers = Peers(
+        rank,
+        seen(2, ranks, rows, H, dtype=dtype),
+        seen(2, rows, dtype=torch.int32),
+        itertools.cycle((0, 1)),
+    )
+    torch.cuda.synchronize(device)
+    torch.distributed.barrier(group)  # all counters are zero before anybody counts
+    return peers
+
+
+@triton.jit
+def sum_norm_kernel(
+    x, y, scale, total, norm, inboxes, arrived, H, eps, rows, turn,
+    RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program a row, as above. All ranks add their parts in the order of the ranks, so that all
+    have the same bits."""
+    await_earlier(PDL)
+    t, h = tl.program_id(0), tl.arange(0, BLOCK)
+    at, counter = t.to(tl.int64) * H + h, turn * rows + t
+    part = tl.load(y + at, mask=h < H, other=0.0)
+    for peer in tl.static_range(RANKS):
+        if peer != RANK:
+            tl.store(inboxes[peer] + (turn * RANKS + RANK) * rows * H + at, part, mask=h < H)
+    tl.debug_barrier()  # which all threads' stores precede
+    for peer in tl.static_range(RANKS):
+        if peer != RANK:
+            tl.atomic_add(arrived[peer] + counter, 1, sem="release", scope="sys")
+    wide = tl.load(x + at, mask=h < H, other=0.0).to(tl.float32)
+    while tl.atomic_add(arrived[RANK] + counter, 0, sem="acquire", scope="sys") != RANKS - 1:
+        pass
+    tl.atomic_add(arrived[RANK] + counter, 1 - RANKS, sem="relaxed", scope="sys")
+    for peer in tl.static_range(RANKS):
+        if peer != RANK:  # L1 may hold what was here two turns ago
+            inbox = inboxes[RANK] + (turn * RANKS + peer) * rows * H + at
+            theirs = tl.load(inbox, mask=h < H, other=0.0, cache_modifier=".cg")
+            wide += theirs.to(tl.float32)
+        else:
+            wide += part.to(tl.float32)
+    row = wide.to(total.dtype.element_ty)
+    tl.store(total + at, row, mask=h < H)
+    wide = row.to(tl.float32)
+    inverse = 1 / tl.sqrt_rn(tl.sum(wide * wide, 0) / H + eps)
+    wide = wide * inverse * tl.load(scale + h, mask=h < H, other=0.0)
+    tl.store(norm + at, wide.to(norm.dtype.element_ty), mask=h < H)
+
+
+def sum_norm(x: Tensor, y: Tensor, scale: Tensor, eps: float, peers: Peers):
+    """`add_norm` of x, which every rank has, and the sum of all ranks' y, which is never stored."""
+    x, y = x.contiguous(), y.contiguous()
+    total, norm = torch.empty_like(x), torch.empty_like(x)
+    T, H = x.shape
+    block, rows = next_power(H), peers.arrived[0].shape[1]
+    settings = rows, next(peers.turns), peers.rank, len(peers.inboxes), block
+    warps = min(max(block // 512, 1), 16)
+    sum_norm_kernel[(T,)](
+        x, y, scale, total, norm, peers.inboxes, peers.arrived, H, eps, *settings,
+        num_warps=warps, **overlapping(),
+    )  # fmt: skip
     return total, norm
 
 

@@ -1,6 +1,7 @@
 """ops_triton.py under gfx950.emulate(): compiled by this environment's Triton for a gfx950 and
 executed from the assembly, against the equations of gptoss.py. Nothing here ran on a GPU."""
 
+import itertools
 import json
 import math
 import re
@@ -64,6 +65,39 @@ def test_add_norm_keeps_nan_in_its_row():
     with gfx950.emulate():
         norm = ops_triton.add_norm(x, None, torch.ones(96), 1e-5)[1]
     assert norm.isnan().all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FLOAT])
+@pytest.mark.parametrize("rank, ranks, T, H", [(0, 2, 1, 2880), (1, 2, 3, 33), (2, 4, 5, 96)])
+@modes
+def test_sum_norm(rank, ranks, T, H, dtype, timing, schedule):
+    """One rank's kernel; what the others write and count was there before it started."""
+    rows = T + 1
+    x, parts = normal(T, H, dtype=dtype), normal(ranks, T, H, seed=1, dtype=dtype)
+    scale = normal(H, seed=2)
+    inboxes = tuple(torch.zeros(2, ranks, rows, H, dtype=dtype) for _ in range(ranks))
+    arrived = tuple(torch.zeros(2, rows, dtype=torch.int32) for _ in range(ranks))
+    peers = ops_triton.Peers(rank, inboxes, arrived, itertools.cycle((0, 1)))
+    others = [peer for peer in range(ranks) if peer != rank]
+    for turn in (0, 1, 0):
+        inboxes[rank].fill_(math.nan)
+        inboxes[rank][turn, others, :T] = parts[others]
+        arrived[rank][turn, :T] = ranks - 1
+        with gfx950.emulate(timing=timing, schedule=schedule):
+            total, norm = ops_triton.sum_norm(x, parts[rank], scale, 1e-5, peers)
+        wide = x.float()
+        for part in parts:
+            wide = wide + part.float()
+        assert torch.equal(total, wide.to(dtype))  # the ranks' order: the same bits on each
+        want = EQUATIONS.add_norm(total, None, scale, 1e-5)[1]
+        limit = SAME_SUMS if dtype == FLOAT else SAME_ROUNDINGS
+        assert relative(norm.float(), want.float()) < limit
+        assert not arrived[rank].any()  # for whoever counts next
+    for peer in others:
+        assert arrived[peer][:, :T].T.tolist() == [[2, 1]] * T and not arrived[peer][:, T:].any()
+        assert torch.equal(inboxes[peer][:, rank, :T], parts[[rank, rank]])
+        inboxes[peer][:, rank, :T] = 0
+        assert not inboxes[peer].any()  # and nowhere else
 
 
 # -- dense layers ---------------------------------------------------------------------------------

@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 2 tools/bench_allreduce.py --rows 1 8 --columns 201088
 
 NCCL's (or RCCL's); PyTorch's symmetric memory, one_shot_all_reduce, where each GPU reads the other
-ones' partial sums, alone and with the copy into the buffer that they read; and what
-`gptoss.Ranks.total` chooses. us: a call of a graph of 100, the median of 20 replays, on rank 0. On
-a CPU the calls are timed as they are, through gloo. The table goes to stdout, errors to stderr;
-exit 0 or 1."""
+ones' partial sums, alone and with the copy into the buffer that they read; ops_triton.sum_norm,
+which adds the residual and norms as well, and add_norm, which follows any of the others. us: a call
+of a graph of 100, the median of 20 replays, on rank 0. On a CPU the calls are timed as they are,
+through gloo. The table goes to stdout, errors to stderr; exit 0 or 1."""
 
 import argparse
 import statistics
@@ -56,8 +56,10 @@ def measure(ranks: gptoss.Ranks, rows: int, columns: int, device: str) -> dict:
     partial = torch.zeros(rows, columns, dtype=torch.bfloat16, device=device)
     row = {"rows": rows, "kB": partial.nbytes / 1e3}
     row["nccl"] = us(lambda: dist.all_reduce(partial), partial.is_cuda)
-    if ranks.symmetric is not None:
+    if ranks.linked:
         from torch.distributed import _symmetric_memory as symmetric_memory
+
+        import ops_triton
 
         name = dist.group.WORLD.group_name
         seen = symmetric_memory.empty(rows, columns, dtype=partial.dtype, device=partial.device)
@@ -71,7 +73,11 @@ def measure(ranks: gptoss.Ranks, rows: int, columns: int, device: str) -> dict:
             one_shot()
 
         row |= {"one_shot": us(one_shot, True), "copied": us(copied, True)}
-    row["total"] = us(lambda: ranks.total(partial), partial.is_cuda)
+        x, scale = torch.zeros_like(partial), torch.ones(columns, device=partial.device)
+        row["add_norm"] = us(lambda: ops_triton.add_norm(x, partial, scale, 1e-5), True)
+        if rows <= gptoss.MAX_BATCH:
+            peers = ops_triton.meet(*ranks.shard, rows, columns, partial.dtype, partial.device)
+            row["sum_norm"] = us(lambda: ops_triton.sum_norm(x, partial, scale, 1e-5, peers), True)
     return row
 
 
@@ -96,7 +102,8 @@ def main() -> int:
         return 1
     kinds = ("NCCL", "nccl"), ("one shot", "one_shot"), ("with its copy", "copied")
     columns = [("rows", "rows", "d"), ("kB", "kB", ",.1f")]
-    columns += [(f"{header} us", key, ".1f") for header, key in (*kinds, ("Ranks.total", "total"))]
+    kinds += ("add_norm", "add_norm"), ("sum_norm", "sum_norm")
+    columns += [(f"{header} us", key, ".1f") for header, key in kinds]
     where = torch.cuda.get_device_name() if device == "cuda" else "CPUs, gloo in NCCL's place"
     system = f"{ranks.shard.ranks} ranks, {where}, torch {torch.__version__}"
     print(f"{system}, bfloat16, {args.columns} columns\n\n{table(columns, measured)}")
