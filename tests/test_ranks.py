@@ -283,6 +283,34 @@ def test_gpus_sum(rows, dtype):
 
 
 @on_gpus
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gpus_sum_and_norm(rows, dtype):
+    """A graph of many, whose calls meet no other launch: a rank that is ahead must not overwrite
+    what another has not read."""
+    import ops_triton
+
+    ranks = GPTOSS.from_pretrained(TINY, "cuda").ranks
+    peers = ops_triton.meet(*ranks.shard, rows, 2880, dtype, torch.device("cuda"))
+    generators = [torch.Generator().manual_seed(n) for n in range(ranks.shard.ranks)]
+    draw = functools.partial(torch.randint, -9, 10, (50, rows, 2880))
+    parts = [draw(generator=generator).to(dtype) for generator in generators]
+    mine, want = parts[ranks.shard.rank].cuda(), sum(parts).cuda()
+    x, scale = torch.zeros_like(mine[0]), torch.ones(2880, device="cuda")
+    ops_triton.sum_norm(x, mine[0], scale, 1e-5, peers)  # compiles
+    ops_triton.sum_norm(x, mine[0], scale, 1e-5, peers)  # an even number of calls, as in a layer
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        found = [ops_triton.sum_norm(x, part, scale, 1e-5, peers) for part in mine]
+    norms = torch.stack([gptoss.add_norm(whole, None, scale, 1e-5)[1] for whole in want])
+    for _ in range(200):
+        graph.replay()
+        assert torch.equal(torch.stack([total for total, _ in found]), want)
+    assert relative(torch.stack([norm for _, norm in found]), norms) < 2**-8
+
+
+@on_gpus
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpus_give_one_ranks_logits_and_tokens(tmp_path, dtype):
     path, prompts = make(tmp_path, seed=3, **FOUR), [prompt_of(n, seed=n) for n in (1, 5, 17, 40)]
