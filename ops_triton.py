@@ -119,12 +119,15 @@ def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, eps: float) -> tuple[Te
 
 
 class Peers(NamedTuple):
-    """What one rank sees of the memory through which ranks of one machine add up partial sums."""
+    """What one rank sees of the memory through which ranks of one machine add up partial sums.
+    Memory is given by addresses, since Triton's launcher takes no tensor of another GPU."""
 
     rank: int
-    inboxes: tuple[Tensor, ...]  # of every rank: [2, ranks, rows, H], by turn and by who wrote it
-    arrived: tuple[Tensor, ...]  # of every rank: int32 [2, rows], how many others wrote a row
+    rows: int
+    inboxes: tuple[int, ...]  # of every rank: [2, ranks, rows, H], by turn and by who wrote it
+    arrived: tuple[int, ...]  # of every rank: int32 [2, rows], how many others wrote a row
     turns: Iterator[int]  # 0, 1, 0, ...: a row is written again when all have read the one between
+    mine: tuple[Tensor, ...]  # this rank's, which live as long as this does
 
 
 def meet(rank: int, ranks: int, rows: int, H: int, dtype: torch.dtype, device) -> Peers:
@@ -133,20 +136,23 @@ def meet(rank: int, ranks: int, rows: int, H: int, dtype: torch.dtype, device) -
 
     group = torch.distributed.group.WORLD
 
-    def seen(*shape: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def seen(*shape: int, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor]:
         mine = symmetric_memory.empty(*shape, dtype=dtype, device=device).zero_()
         handle = symmetric_memory.rendezvous(mine, group)
-        return tuple(handle.get_buffer(r, shape, dtype) for r in range(ranks))
+        return tuple(handle.get_buffer(r, shape, dtype).data_ptr() for r in range(ranks)), mine
 
-    peers = Peers(
-        rank,
-        seen(2, ranks, rows, H, dtype=dtype),
-        seen(2, rows, dtype=torch.int32),
-        itertools.cycle((0, 1)),
-    )
+    inboxes, inbox = seen(2, ranks, rows, H, dtype=dtype)
+    arrived, counters = seen(2, rows, dtype=torch.int32)
+    peers = Peers(rank, rows, inboxes, arrived, itertools.cycle((0, 1)), (inbox, counters))
     torch.cuda.synchronize(device)
     torch.distributed.barrier(group)  # all counters are zero before anybody counts
     return peers
+
+
+@triton.jit
+def seen(address, like):
+    """A pointer to what is aligned and typed as what `like` points to."""
+    return tl.multiple_of(tl.cast(address, tl.pointer_type(like.dtype.element_ty)), 16)
 
 
 @triton.jit
@@ -162,19 +168,22 @@ def sum_norm_kernel(
     part = tl.load(y + at, mask=h < H, other=0.0)
     for peer in tl.static_range(RANKS):
         if peer != RANK:
-            tl.store(inboxes[peer] + (turn * RANKS + RANK) * rows * H + at, part, mask=h < H)
+            inbox = seen(inboxes[peer], y) + (turn * RANKS + RANK) * rows * H
+            tl.store(inbox + at, part, mask=h < H)
     tl.debug_barrier()  # which all threads' stores precede
     for peer in tl.static_range(RANKS):
         if peer != RANK:
-            tl.atomic_add(arrived[peer] + counter, 1, sem="release", scope="sys")
+            count = tl.cast(arrived[peer], tl.pointer_type(tl.int32)) + counter
+            tl.atomic_add(count, 1, sem="release", scope="sys")
+    count = tl.cast(arrived[RANK], tl.pointer_type(tl.int32)) + counter
     wide = tl.load(x + at, mask=h < H, other=0.0).to(tl.float32)
-    while tl.atomic_add(arrived[RANK] + counter, 0, sem="acquire", scope="sys") != RANKS - 1:
+    while tl.atomic_add(count, 0, sem="acquire", scope="sys") != RANKS - 1:
         pass
-    tl.atomic_add(arrived[RANK] + counter, 1 - RANKS, sem="relaxed", scope="sys")
+    tl.atomic_add(count, 1 - RANKS, sem="relaxed", scope="sys")
     for peer in tl.static_range(RANKS):
         if peer != RANK:  # L1 may hold what was here two turns ago
-            inbox = inboxes[RANK] + (turn * RANKS + peer) * rows * H + at
-            theirs = tl.load(inbox, mask=h < H, other=0.0, cache_modifier=".cg")
+            inbox = seen(inboxes[RANK], y) + (turn * RANKS + peer) * rows * H
+            theirs = tl.load(inbox + at, mask=h < H, other=0.0, cache_modifier=".cg")
             wide += theirs.to(tl.float32)
         else:
             wide += part.to(tl.float32)
@@ -191,8 +200,8 @@ def sum_norm(x: Tensor, y: Tensor, scale: Tensor, eps: float, peers: Peers):
     x, y = x.contiguous(), y.contiguous()
     total, norm = torch.empty_like(x), torch.empty_like(x)
     T, H = x.shape
-    block, rows = next_power(H), peers.arrived[0].shape[1]
-    settings = rows, next(peers.turns), peers.rank, len(peers.inboxes), block
+    block = next_power(H)
+    settings = peers.rows, next(peers.turns), peers.rank, len(peers.inboxes), block
     warps = min(max(block // 512, 1), 16)
     sum_norm_kernel[(T,)](
         x, y, scale, total, norm, peers.inboxes, peers.arrived, H, eps, *settings,

@@ -71,13 +71,14 @@ def test_add_norm_keeps_nan_in_its_row():
 @pytest.mark.parametrize("rank, ranks, T, H", [(0, 2, 1, 2880), (1, 2, 3, 33), (2, 4, 5, 96)])
 @modes
 def test_sum_norm(rank, ranks, T, H, dtype, timing, schedule):
-    """One rank's kernel; what the others write and count was there before it started."""
+    """One rank's kernel; what the others write and count was there before it started. The emulator
+    has no address for a tensor, and takes the tensor."""
     rows = T + 1
     x, parts = normal(T, H, dtype=dtype), normal(ranks, T, H, seed=1, dtype=dtype)
     scale = normal(H, seed=2)
     inboxes = tuple(torch.zeros(2, ranks, rows, H, dtype=dtype) for _ in range(ranks))
     arrived = tuple(torch.zeros(2, rows, dtype=torch.int32) for _ in range(ranks))
-    peers = ops_triton.Peers(rank, inboxes, arrived, itertools.cycle((0, 1)))
+    peers = ops_triton.Peers(rank, rows, inboxes, arrived, itertools.cycle((0, 1)), ())
     others = [peer for peer in range(ranks) if peer != rank]
     for turn in (0, 1, 0):
         inboxes[rank].fill_(math.nan)
