@@ -55,7 +55,12 @@ SCORES = 1 << 26  # heads x queries x keys whose attention scores are in memory 
 EXPAND_BELOW = 1 << 25  # bytes: a layer's experts that are smaller as float32 are expanded, at load
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
 OPS = ("auto", "torch", "triton", "gluon")
-KERNELS = ("ops_triton", "moe_gluon", "moe_nvidia")  # rooms without which the equations run
+KERNELS = (
+    "ops_triton",
+    "moe_gluon",
+    "moe_nvidia",
+    "attention_nvidia",
+)  # rooms without which the equations run
 SWIGLU_ALPHA = weights.ARCHITECTURE["swiglu_alpha"]
 
 
@@ -404,8 +409,10 @@ def choose_ops(name: str, device: torch.device) -> Ops:
 
 
 def nvidia_ops(triton: Ops) -> Ops:
-    """Of ops_triton, with moe_nvidia's kernels for what they multiply: mxfp4 weights and bfloat16
-    activations of few tokens. Both read the same packed experts."""
+    """Of ops_triton, with moe_nvidia's kernels for what they multiply, mxfp4 weights and bfloat16
+    activations of few tokens, and attention_nvidia's for decode steps. They read the same packed
+    experts and the same pages."""
+    import attention_nvidia
     import moe_nvidia
 
     def prepare(experts: Experts, activations: str):
@@ -421,7 +428,11 @@ def nvidia_ops(triton: Ops) -> Ops:
         few = moe_nvidia.multiplies(x, weight)
         return (moe_nvidia if few else triton).linear(x, weight, bias)
 
-    return triton._replace(prepare=prepare, moe=moe, linear=linear)
+    def attention(qkv, sinks, pool, kind, plan):
+        attends = attention_nvidia.attends(qkv, sinks, pool, plan)
+        return (attention_nvidia if attends else triton).attention(qkv, sinks, pool, kind, plan)
+
+    return triton._replace(prepare=prepare, moe=moe, linear=linear, attention=attention)
 
 
 def driven_by_triton(device: torch.device) -> bool:
