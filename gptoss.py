@@ -55,12 +55,7 @@ SCORES = 1 << 26  # heads x queries x keys whose attention scores are in memory 
 EXPAND_BELOW = 1 << 25  # bytes: a layer's experts that are smaller as float32 are expanded, at load
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
 OPS = ("auto", "torch", "triton", "gluon")
-KERNELS = (
-    "ops_triton",
-    "moe_gluon",
-    "moe_nvidia",
-    "attention_nvidia",
-)  # rooms without which the equations run
+KERNELS = "ops_triton", "moe_gluon", "moe_nvidia", "attention_nvidia"  # rooms; without: equations
 SWIGLU_ALPHA = weights.ARCHITECTURE["swiglu_alpha"]
 
 

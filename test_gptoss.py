@@ -907,7 +907,7 @@ def test_equations_need_neither_triton_nor_the_kernels(tmp_path):
 
 
 @needs_triton
-@pytest.mark.parametrize("room", ["ops_triton", "moe_gluon", "moe_nvidia"])
+@pytest.mark.parametrize("room", gptoss.KERNELS)
 def test_a_room_of_kernels_that_is_gone_leaves_the_equations(monkeypatch, room):
     import gfx950
 

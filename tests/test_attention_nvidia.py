@@ -123,7 +123,8 @@ def test_bytes(kind):
     launch = run(case, "sm_90", kind)[2]
     keys = 127 if kind == "sliding_attention" else 700
     assert launch.loaded["pool"] == keys * 2 * 2 * 64 * 2  # keys and values, heads, elements, bytes
-    assert launch.early["pool"] >= min(keys, 512) * 512 and "qkv" not in launch.early
+    assert launch.early["pool"] == launch.loaded["pool"]
+    assert set(launch.early) == {"pool", "table", "positions", "cos", "sin", "sinks"}
 
 
 def test_what_it_does_not_take():
