@@ -84,8 +84,8 @@ class Ops(NamedTuple):
     capturable: bool  # no operation waits for the device: a decode step can be a graph
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # that x may have
     linear: Callable = F.linear  # (x [T, K], weight [N, K], bias [N] | None) -> [T, N]
-    meet: Callable | None = None  # (rank, ranks, rows, H, dtype, device) -> peers; once, at load
-    sum_norm: Callable | None = None  # (x, y, scale, eps, peers): add_norm of all ranks' partial y
+    meet: Callable | None = None  # (rank, ranks, rows, H, device) -> peers; once, at load
+    sum_norm: Callable | None = None  # (x, y, scale, eps, peers): add_norm of all ranks' bf16 y
 
 
 # --------------------------------------------------------------------------------------------------
@@ -668,9 +668,9 @@ class GPTOSS:
         self.activations = choose_activations(activations, checkpoint, self.ops)
         self.stop_tokens = checkpoint.stop_tokens
         self.idle: dict[tuple[int, int], KVCache] = {}  # the last engine's cache, for the next one
-        meeting = self.ranks.linked and self.ops.meet
+        meeting = self.ranks.linked and self.ops.meet and self.dtype == torch.bfloat16
         sizes = *self.ranks.shard, MAX_BATCH, self.config.hidden_size
-        self.peers = self.ops.meet(*sizes, self.dtype, self.device) if meeting else None
+        self.peers = self.ops.meet(*sizes, self.device) if meeting else None
         self.load(checkpoint)
 
     @classmethod

@@ -76,7 +76,7 @@ def measure(ranks: gptoss.Ranks, rows: int, columns: int, device: str) -> dict:
         x, scale = torch.zeros_like(partial), torch.ones(columns, device=partial.device)
         row["add_norm"] = us(lambda: ops_triton.add_norm(x, partial, scale, 1e-5), True)
         if rows <= gptoss.MAX_BATCH:
-            peers = ops_triton.meet(*ranks.shard, rows, columns, partial.dtype, partial.device)
+            peers = ops_triton.meet(*ranks.shard, rows, columns, partial.device)
             row["sum_norm"] = us(lambda: ops_triton.sum_norm(x, partial, scale, 1e-5, peers), True)
     return row
 

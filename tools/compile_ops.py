@@ -8,7 +8,6 @@ order of its loads and products.
 """
 
 import argparse
-import itertools
 import re
 import subprocess
 import sys
@@ -197,8 +196,8 @@ def launch_layer(
     N, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     ops_triton.add_norm(new(T, H), new(T, H), new(H, dtype=torch.float32), 1e-5)
     if T == 1:
-        addresses = (1 << 40, 3 << 40)
-        peers = ops_triton.Peers(0, 64, addresses, addresses, itertools.cycle((0, 1)), ())
+        calls = new(64, dtype=torch.int32)
+        peers = ops_triton.Peers(0, (1 << 40, 3 << 40), calls, calls)
         ops_triton.sum_norm(new(T, H), new(T, H), new(H, dtype=torch.float32), 1e-5, peers)
     for rows, columns in (((N + 2 * G) * D, H), (H, N * D)):  # queries, keys and values; the output
         ops_triton.linear(new(T, columns), new(rows, columns), new(rows))
