@@ -4,13 +4,14 @@
     python bench.py --checkpoint random:20b           made-up weights of the true shapes, on a GPU
     python bench.py --ab page_size=16,64              two settings alternating, and their ratios
     python bench.py --peer transformers               the same against Hugging Face transformers
+    torchrun --nproc-per-node 2 bench.py --checkpoint random:120b      a model on two GPUs
 
 A round submits `concurrency` distinct random prompts at once and takes --output greedy tokens of
 each; the first round is warm-up, and only its first token is reported: what has not been compiled
 yet is compiled before it. TTFT is the time to a request's first token, waiting for the prompts
 before it included. TPOT is (t_last - t_first) / (n - 1) of a request. A step is the median interval
 between two tokens of a request while all of them decode. The floor is the bytes that a step must
-read at the bandwidth of a large copy, measured on the device.
+read at the bandwidth of a large copy, measured on the device; of several ranks, what rank 0 reads.
 
 Tables go to stdout, progress and errors to stderr; exit 0, 1 (bad checkpoint, no memory), 2
 (usage), 130 (interrupted). --json prints the rows instead; times are ms unless named otherwise.
@@ -151,18 +152,20 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / min(timer.timeit(repeats).mean for _ in range(30))
 
 
-def build(args, device: torch.device) -> list[System]:
+def build(args, device: torch.device, ranks: gptoss.Ranks) -> list[System]:
     """The systems that the command line asks for."""
+    if args.peer and not ranks.alone:
+        raise ValueError("--peer runs in one process: leave out torchrun")
     systems = []
     for name, v in args.variants.items():
         if args.checkpoint.startswith("random:"):
             size = args.checkpoint.removeprefix("random:")
             config = weights.load(TINY).config if size == "tiny" else weights.published(size)
-            checkpoint = weights.random(config, "openai", device, args.seed)
+            checkpoint = weights.random(config, "openai", device, args.seed, ranks.shard)
         else:
-            checkpoint = weights.load(args.checkpoint)
+            checkpoint = weights.load(args.checkpoint, ranks.shard)
         dtype = getattr(torch, v.dtype) if v.dtype else None
-        model = GPTOSS(checkpoint, device, dtype, v.ops, v.activations)
+        model = GPTOSS(checkpoint, device, dtype, v.ops, v.activations, ranks)
         stream = functools.partial(
             model.stream, stop_tokens=(), page_size=v.page_size, max_batch=v.max_batch
         )
@@ -370,38 +373,42 @@ def one_line(error: BaseException, args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str]) -> int:
-    args = parse(argv)
+    gptoss.hush_other_ranks()
+    args, ranks = parse(argv), gptoss.Ranks()
     cuda = torch.cuda.is_available() and args.checkpoint != TINY
     try:
-        device = torch.device(args.device or ("cuda" if cuda else "cpu"))
+        name = args.device or ("cuda" if cuda else "cpu")
+        device, ranks = torch.device(name), gptoss.Ranks.join(name)
         start = time.perf_counter()
-        systems = build(args, device)
+        systems = build(args, device, ranks)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # weights may still be drawn or packed
         loaded, pages = time.perf_counter() - start, systems[0].model.pages_that_fit(args.page_size)
         bandwidth = copy_bandwidth(device)
         rows, pairs = measure(args, systems, bandwidth)
     except (CheckpointError, ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
-        print(f"bench: {one_line(error, args)}", file=sys.stderr)
+        ranks.fail(f"bench: {one_line(error, args)}")
         return 1
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
         return 130
     if args.json:
         versions = {"device": device_name(device), "torch": torch.__version__}
-        result = versions | {"settings": args.settings, "loaded_s": loaded, "cache_pages": pages}
-        print(json.dumps(result | {"bandwidth": bandwidth, "rows": rows, "pairs": pairs}))
-        return 0
-    print(
-        f"{Path(args.checkpoint).name}; {device_name(device)}, torch {torch.__version__}; "
-        f"{args.input} tokens in, {args.output} out, greedy; {args.rounds} rounds after one of "
-        f"warm-up; loaded in {loaded:.1f} s; the memory left caches {pages:,} pages, "
-        f"{pages * args.page_size:,} tokens\n\n{table(COLUMNS, rows)}\n\n"
-        f"A large copy reads and writes {bandwidth / 1e9:.1f} GB/s."
-    )
-    if pairs:
-        print(f"\n{systems[1].name} / {systems[0].name}, round by round:\n")
-        print(table(PAIR_COLUMNS, pairs))
+        result = versions | {"ranks": ranks.shard.ranks, "settings": args.settings}
+        result |= {"loaded_s": loaded, "cache_pages": pages, "bandwidth": bandwidth}
+        print(json.dumps(result | {"rows": rows, "pairs": pairs}))
+    else:
+        print(
+            f"{Path(args.checkpoint).name}; {ranks.shard.ranks} x {device_name(device)}, torch "
+            f"{torch.__version__}; {args.input} tokens in, {args.output} out, greedy; "
+            f"{args.rounds} rounds after one of warm-up; loaded in {loaded:.1f} s; the memory left "
+            f"caches {pages:,} pages, {pages * args.page_size:,} tokens\n\n"
+            f"{table(COLUMNS, rows)}\n\nA large copy reads and writes {bandwidth / 1e9:.1f} GB/s."
+        )
+        if pairs:
+            print(f"\n{systems[1].name} / {systems[0].name}, round by round:\n")
+            print(table(PAIR_COLUMNS, pairs))
+    ranks.leave()
     return 0
 
 

@@ -26,6 +26,8 @@ import datetime
 import errno
 import functools
 import importlib.util
+import itertools
+import json
 import math
 import operator
 import random
@@ -38,6 +40,7 @@ from typing import NamedTuple
 
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,7 +55,7 @@ SCORES = 1 << 26  # heads x queries x keys whose attention scores are in memory 
 EXPAND_BELOW = 1 << 25  # bytes: a layer's experts that are smaller as float32 are expanded, at load
 ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
 OPS = ("auto", "torch", "triton", "gluon")
-KERNELS = ("ops_triton", "moe_gluon", "moe_nvidia")  # rooms without which the equations run
+KERNELS = "ops_triton", "moe_gluon", "moe_nvidia", "attention_nvidia"  # rooms; without: equations
 SWIGLU_ALPHA = weights.ARCHITECTURE["swiglu_alpha"]
 
 
@@ -81,6 +84,8 @@ class Ops(NamedTuple):
     capturable: bool  # no operation waits for the device: a decode step can be a graph
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # that x may have
     linear: Callable = F.linear  # (x [T, K], weight [N, K], bias [N] | None) -> [T, N]
+    meet: Callable | None = None  # (rank, ranks, rows, H, device) -> peers; once, at load
+    sum_norm: Callable | None = None  # (x, y, scale, eps, peers): add_norm of all ranks' bf16 y
 
 
 # --------------------------------------------------------------------------------------------------
@@ -386,8 +391,9 @@ def choose_ops(name: str, device: torch.device) -> Ops:
     import ops_triton as t
 
     triton = Ops(
-        t.prepare, t.plan, t.add_norm, t.attention, t.moe, capturable=True, linear=t.linear
-    )
+        t.prepare, t.plan, t.add_norm, t.attention, t.moe, True,
+        linear=t.linear, meet=t.meet, sum_norm=t.sum_norm,
+    )  # fmt: skip
     if name == "auto" and moe_nvidia.is_supported():
         return nvidia_ops(triton)
     if name == "triton" or name == "auto" and not moe_gluon.is_supported():
@@ -398,8 +404,10 @@ def choose_ops(name: str, device: torch.device) -> Ops:
 
 
 def nvidia_ops(triton: Ops) -> Ops:
-    """Of ops_triton, with moe_nvidia's kernels for what they multiply: mxfp4 weights and bfloat16
-    activations of few tokens. Both read the same packed experts."""
+    """Of ops_triton, with moe_nvidia's kernels for what they multiply, mxfp4 weights and bfloat16
+    activations of few tokens, and attention_nvidia's for decode steps. They read the same packed
+    experts and the same pages."""
+    import attention_nvidia
     import moe_nvidia
 
     def prepare(experts: Experts, activations: str):
@@ -415,7 +423,11 @@ def nvidia_ops(triton: Ops) -> Ops:
         few = moe_nvidia.multiplies(x, weight)
         return (moe_nvidia if few else triton).linear(x, weight, bias)
 
-    return triton._replace(prepare=prepare, moe=moe, linear=linear)
+    def attention(qkv, sinks, pool, kind, plan):
+        attends = attention_nvidia.attends(qkv, sinks, pool, plan)
+        return (attention_nvidia if attends else triton).attention(qkv, sinks, pool, kind, plan)
+
+    return triton._replace(prepare=prepare, moe=moe, linear=linear, attention=attention)
 
 
 def driven_by_triton(device: torch.device) -> bool:
@@ -432,6 +444,106 @@ def driven_by_triton(device: torch.device) -> bool:
     # A driver that does not say where its tensors live is an emulator's.
     owner = getattr(driver, "get_active_torch_device", None)
     return device.type == (owner().type if owner else "cpu")
+
+
+# --------------------------------------------------------------------------------------------------
+# Tensor parallelism
+
+
+class Ranks:
+    """The processes that share a model, each with its shard of it on a device of its own. All do
+    the same and so hold the same tokens. A process alone is rank 0 of one."""
+
+    def __init__(self, shard: weights.Shard = weights.WHOLE, store=None):
+        self.shard, self.store, self.said = shard, store, 0
+        self.alone = shard.ranks == 1
+        self.linked = False  # GPUs of one machine that see each other's memory
+
+    @classmethod
+    def join(cls, device: str) -> "Ranks":
+        """Meets the ranks that torchrun started, if it did; "cuda" becomes one GPU of each. Raises
+        ValueError for another launch of several, and for a device that they cannot use."""
+        ranks, gpu = int(os.environ.get("WORLD_SIZE", 1)), device.startswith("cuda")
+        if ranks == 1:
+            return cls()
+        if not dist.is_torchelastic_launched():
+            raise ValueError(f"WORLD_SIZE is {ranks}: ranks are started by torchrun only")
+        here, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if gpu and (device != "cuda" or here > cards):
+            each = f"each of {here} ranks takes a GPU of its own, this machine has {cards}"
+            raise ValueError(f"device={device!r}: {each}; say cuda or cpu, or start fewer ranks")
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store, rank, ranks = next(dist.rendezvous("env://"))
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+        joined = cls(weights.Shard(rank, ranks), store)
+        pairs = itertools.permutations(range(here), 2)
+        if gpu and here == ranks and torch.version.cuda:  # whose kernels were tried
+            joined.linked = all(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
+        return joined
+
+    def total(self, partial: Tensor) -> Tensor:
+        """The sum of all ranks' partial sums, the same bits on every rank."""
+        if not self.alone:
+            dist.all_reduce(partial)
+        return partial
+
+    def joined(self, part: Tensor, size: int) -> Tensor:
+        """All ranks' columns beside each other: [T, the shard's of `size`] -> [T, size]."""
+        if self.alone:
+            return part
+        columns = self.shard.of(size)
+        return self.total(F.pad(part, (columns.start, size - columns.stop)))
+
+    def agreed(self, tokens: Tensor) -> Tensor:
+        """Rank 0's tokens, which others may have drawn from sums in another order."""
+        if not self.alone:
+            dist.broadcast(tokens, 0)
+        return tokens
+
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+        numbers = torch.tensor(number)
+        if not self.alone:
+            dist.all_reduce(numbers, dist.ReduceOp.MIN)
+        return int(numbers)
+
+    def first(self, make: Callable):
+        """What `make` gives on rank 0, however long the others wait for it."""
+        if self.alone:
+            return make()
+        key, self.said = f"said {self.said}", self.said + 1
+        if self.shard.rank == 0:
+            self.store.set(key, json.dumps(make()))
+        self.store.wait([key], datetime.timedelta(days=365))
+        return json.loads(self.store.get(key))
+
+    def leave(self) -> None:
+        """Ends this process, when all are here, if others share the model."""
+        if not self.alone:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self.least(0)
+            sys.stdout.flush()
+            os._exit(0)  # to destroy NCCL's group would wait for the graphs that it is part of
+
+    def fail(self, message: str) -> None:
+        """Says why this process ends, if it is the first; torchrun ends the others."""
+        if "gloo/transport" in message:
+            message = f"{message.partition(':')[0]}: another rank ended, see torchrun's report"
+        if self.alone or self.store.add("failed", 1) == 1:
+            print(message, file=sys.stderr if self.alone else sys.__stderr__, flush=True)
+        if not self.alone:
+            os._exit(1)  # what waits for other ranks at exit would wait for ever
+
+
+def hush_other_ranks() -> None:
+    """Of several ranks the first alone writes, and an interrupt ends all at once."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if os.environ.get("RANK") != "0":
+            sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -537,8 +649,12 @@ class GPTOSS:
         dtype: torch.dtype | None = None,
         ops: str = "auto",
         activations: str = "auto",
+        ranks: Ranks | None = None,
     ):
         self.config, self.layout = checkpoint.config, checkpoint.layout
+        self.ranks = ranks or Ranks()
+        if checkpoint.shard != self.ranks.shard:
+            raise ValueError(f"ranks={self.ranks.shard}, the checkpoint's is {checkpoint.shard}")
         try:
             self.device = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
@@ -552,17 +668,22 @@ class GPTOSS:
         self.activations = choose_activations(activations, checkpoint, self.ops)
         self.stop_tokens = checkpoint.stop_tokens
         self.idle: dict[tuple[int, int], KVCache] = {}  # the last engine's cache, for the next one
+        meeting = self.ranks.linked and self.ops.meet and self.dtype == torch.bfloat16
+        sizes = *self.ranks.shard, MAX_BATCH, self.config.hidden_size
+        self.peers = self.ops.meet(*sizes, self.device) if meeting else None
         self.load(checkpoint)
 
     @classmethod
     def from_pretrained(
-        cls, path, device="cpu", dtype=None, ops="auto", activations="auto"
+        cls, path, device="cpu", dtype=None, ops="auto", activations="auto", ranks=None
     ) -> "GPTOSS":
         """Loads the checkpoint folder `path`. dtype None: bfloat16, but float32 where the equations
         run on a CPU. ops: see `choose_ops`. activations "auto": what the checkpoint was made for,
         "fp8" for Quark's layout and else "bf16", or "mxfp8" where the ops do not multiply these.
+        ranks: those of `Ranks.join` that share the model; None: it is this process's alone.
         Raises weights.CheckpointError for a bad checkpoint, ValueError for a bad argument."""
-        return cls(weights.load(path), device, dtype, ops, activations)
+        shard = ranks.shard if ranks else weights.WHOLE
+        return cls(weights.load(path, shard), device, dtype, ops, activations, ranks)
 
     def load(self, checkpoint: weights.Checkpoint) -> None:
         """Moves the weights to the device, a layer at a time. A layer's experts leave the
@@ -570,7 +691,7 @@ class GPTOSS:
         c, dense = self.config, checkpoint.dense
 
         def moved(name: str, dtype=self.dtype) -> Tensor:
-            return dense[name].to(self.device, dtype)
+            return dense[name].to(self.device, dtype).contiguous()  # a shard may be columns
 
         self.embedding, self.unembedding = moved("embedding"), moved("unembedding")
         self.norm = moved("norm", torch.float32)
@@ -604,14 +725,30 @@ class GPTOSS:
         ops, c, y = self.ops, self.config, None
         x, plan = self.embedding[tokens], ops.plan(step, c)  # [T, H]
         for layer in self.layers:
-            x, h = ops.add_norm(x, y, layer.attn_norm, c.rms_norm_eps)
+            x, h = self.add_norm(x, y, layer.attn_norm)
             qkv = ops.linear(h, layer.qkv_weight, layer.qkv_bias)  # [T, (N + 2G) D]
             a = ops.attention(qkv, layer.sinks, pool[layer.depth], layer.kind, plan)  # [T, N D]
             y = ops.linear(a, layer.out_weight, layer.out_bias)
-            x, h = ops.add_norm(x, y, layer.mlp_norm, c.rms_norm_eps)
+            x, h = self.add_norm(x, y, layer.mlp_norm)
             router, top_k = (layer.router_weight, layer.router_bias), c.num_experts_per_tok
             y = ops.moe(h, *router, layer.packed, top_k, self.activations, c.swiglu_limit)
-        return ops.add_norm(x, y, self.norm, c.rms_norm_eps)[1]
+        return self.add_norm(x, y, self.norm)[1]
+
+    def add_norm(self, x: Tensor, y: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, H] plus y, of which each rank has a partial sum, and the norm of the result."""
+        eps = self.config.rms_norm_eps
+        if y is not None and self.peers and len(y) <= MAX_BATCH:
+            return self.ops.sum_norm(x, y, scale, eps, self.peers)
+        return self.ops.add_norm(x, y if y is None else self.ranks.total(y), scale, eps)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Hidden states [T, H] -> logits, float32 [T, V]."""
+        logits = self.ops.linear(hidden, self.unembedding)  # of the shard's part of V
+        return self.ranks.joined(logits, self.config.vocab_size).float()
+
+    def sample(self, hidden: Tensor, draws: Tensor, sampling: "Sampling") -> Tensor:
+        """The tokens that follow hidden states [S, H], see `sample`."""
+        return self.ranks.agreed(sample(self.unembed(hidden), draws, sampling))
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> Tensor:
@@ -625,7 +762,7 @@ class GPTOSS:
         while cached < len(tokens):
             parts.append(self.prefill(cache, [tokens], [tables], [cached])[0])  # [Q, H]
             cached += len(parts[-1])
-        return F.linear(torch.cat(parts), self.unembedding).float()
+        return self.unembed(torch.cat(parts))
 
     def prefill(
         self, cache: KVCache, prompts: list[list[int]], tables: list[dict], cached: list[int]
@@ -711,7 +848,8 @@ class GPTOSS:
         return engine
 
     def pages_that_fit(self, page_size: int) -> int:
-        """Pages for 90% of the free memory of a GPU or, where it can be told, of a CPU."""
+        """Pages for 90% of the free memory of a GPU or, where it can be told, of a CPU; of several
+        ranks, those that fit on each."""
         if self.device.type == "cuda":
             # Blocks that PyTorch keeps for reuse are free too, though the driver counts them taken.
             free = torch.cuda.mem_get_info(self.device)[0]
@@ -720,10 +858,11 @@ class GPTOSS:
         elif os.path.exists("/proc/meminfo"):
             with open("/proc/meminfo") as file:
                 free = 1024 * int(file.read().partition("MemAvailable:")[2].split()[0])
+            free //= self.ranks.shard.ranks
         else:
             return sys.maxsize
         one = KVCache(self.config, 0, page_size, "meta", self.dtype).pool
-        return int(0.9 * free) // (one.numel() * one.itemsize)
+        return self.ranks.least(int(0.9 * free) // (one.numel() * one.itemsize))
 
 
 def check_whole(least: int, **values) -> None:
@@ -956,10 +1095,9 @@ class Engine:
 
     def emit(self, sequences: list[Sequence], hidden: Tensor) -> list[tuple[int, int]]:
         """Samples a token for each sequence from its hidden state [S, H]."""
-        logits = self.model.ops.linear(hidden, self.model.unembedding).float()  # [S, V]
         draws = [sequence.random.random() for sequence in sequences]
-        draws = torch.tensor(draws, dtype=torch.float64, device=logits.device)
-        return self.accept(sequences, sample(logits, draws, self.sampling).tolist())
+        draws = torch.tensor(draws, dtype=torch.float64, device=hidden.device)
+        return self.accept(sequences, self.model.sample(hidden, draws, self.sampling).tolist())
 
     def accept(self, sequences: list[Sequence], tokens: list[int]) -> list[tuple[int, int]]:
         """Appends a token to each sequence; those that are done leave `running` and their pages."""
@@ -1004,7 +1142,8 @@ class DecodeGraph:
                 self.run()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # NCCL's watchdog asks for its events meanwhile, from another thread.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.run()
 
     @staticmethod
@@ -1028,8 +1167,7 @@ class DecodeGraph:
 
     def run(self) -> None:
         hidden = self.model.forward(self.tokens, self.step, self.pool)
-        logits = self.model.ops.linear(hidden, self.model.unembedding).float()  # [S, V]
-        tokens = sample(logits, self.draws, self.sampling)
+        tokens = self.model.sample(hidden, self.draws, self.sampling)
         padding = self.step.positions[:, 0] < 0
         self.tokens.copy_(tokens.where(~padding, tokens[0]).clamp(min=0))
         self.sampled = tokens
@@ -1429,10 +1567,14 @@ def peak_memory(pool: Tensor) -> str:
 
 def answer_prompts(model: GPTOSS, tokenizer: tiktoken.Encoding, chat: bool, args) -> None:
     """The answers to all --prompt, as one batch."""
-    texts = [read_stdin() if text == "-" else text for text in args.prompt]
+
+    def read() -> tuple[list[str], str]:
+        texts = [read_stdin() if text == "-" else text for text in args.prompt]
+        return texts, str(datetime.date.today())
+
+    texts, today = model.ranks.first(read)
     if empty := [index for index, text in enumerate(texts) if not text.strip()]:
         raise ValueError(f"prompt {empty[0]} is empty")
-    today = str(datetime.date.today())
     prompts = [
         chat_tokens(tokenizer, [("user", text)], today, args.effort, args.instructions)
         if chat
@@ -1459,12 +1601,13 @@ def converse(model: GPTOSS, tokenizer: tiktoken.Encoding, args) -> None:
     only what is new."""
     if sys.stdin is None:
         raise ValueError("--chat: standard input is closed")
-    today, turns, engine = str(datetime.date.today()), [], None
+    first, turns, engine = model.ranks.first, [], None
+    today = first(lambda: str(datetime.date.today()))
     say("Ctrl-C ends an answer, Ctrl-D the chat")
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         try:
-            line = sys.stdin.readline()
+            line = first(sys.stdin.readline)
         except UnicodeDecodeError as error:
             raise ValueError(f"--chat: standard input is not UTF-8: {error}") from error
         if not line:
@@ -1548,19 +1691,18 @@ def as_typed(error: Exception) -> str:
     return line
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, device: str, ranks: Ranks) -> None:
     tokenizer = weights.load_tokenizer(args.checkpoint)
     chat = not args.raw and "<|channel|>" in tokenizer.special_tokens_set
     if not chat and (args.chat or args.instructions):
         flag = "--chat" if args.chat else "--instructions"
         raise ValueError(f"{flag} needs a chat model: {args.checkpoint} has no Harmony tokens")
     with emulated_gpu() if args.emulate else contextlib.nullcontext():
-        cuda = torch.cuda.is_available() and not args.emulate
-        device = args.device or ("cuda" if cuda else "cpu")
         ops = "gluon" if args.emulate else args.ops
         dtype = getattr(torch, args.dtype) if args.dtype else None
         start = time.perf_counter()
-        model = GPTOSS.from_pretrained(args.checkpoint, device, dtype, ops, args.activations)
+        settings = dtype, ops, args.activations
+        model = GPTOSS.from_pretrained(args.checkpoint, device, *settings, ranks=ranks)
         if model.device.type == "cuda":
             room = model.pages_that_fit(args.page_size) * args.page_size
             seconds = time.perf_counter() - start
@@ -1573,21 +1715,26 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    parser = arguments()
+    hush_other_ranks()
+    parser, ranks = arguments(), Ranks()
     args = parser.parse_args()
     check_arguments(parser, args)
+    cuda = torch.cuda.is_available() and not args.emulate
+    device = args.device or ("cuda" if cuda else "cpu")
     try:
         if sys.stdout is None:
             raise OSError(errno.EBADF, "standard output is closed")
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack the answer's characters
         if sys.stdin is not None:
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-        run(args)
+        ranks = Ranks.join(device)
+        run(args, device, ranks)
+        ranks.leave()
     except (CheckpointError, ValueError, TypeError, RuntimeError) as error:
-        say(as_typed(error))
+        ranks.fail(f"gptoss: {as_typed(error)}")
         return 1
     except OSError as error:
-        say(f"{error.filename or 'standard output'}: {error.strerror}")
+        ranks.fail(f"gptoss: {error.filename or 'standard output'}: {error.strerror}")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -604,8 +604,8 @@ class CombineTile(DecodeTile):
 def combine_tile(K: int, N: int, f: Format, top_k: int) -> CombineTile:
     """8 columns are 360 workgroups, with half of each operand's lanes off; 16 would leave 76 of 256
     CUs without work. 8 waves x 3 steps are all of K, so an expert takes 42 registers and 4 are in
-    flight: 8 KB a wave, 66 KB a workgroup, 202 registers, 2 workgroups a CU. Raises ValueError for
-    an inner size beyond the registers."""
+    flight: 8 KB a wave, 66 KB a workgroup, 188 registers, one workgroup a CU at a time. Raises
+    ValueError for an inner size beyond the registers."""
     waves, most = 8, 6 if f.element == "bf16" else 12
     steps = triton.cdiv(K, waves * STEP.value)
     if steps > most:

@@ -33,7 +33,7 @@ wait: so `route` is done, and `combine` knows the experts whose weights it asks 
 Number formats are OCP MX v1.0, the operands of mma.m16n8k16 those of the PTX ISA ("Matrix Fragments
 for mma.m16n8k16")."""
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 
 import torch
 import triton
@@ -746,17 +746,16 @@ def sum_pairs(y, out, T, n, TOP_K: gl.constexpr, g: gl.constexpr):
 
 
 ROUTE_PARTS = 3  # of the router's K
+WHOLE_ROWS = 4096  # of the first GEMM: with fewer an expert is a shard, or small
 
 
 def cuts_for(T: int, *sizes: int) -> tuple[Cut, Cut]:
-    """The cuts of dispatch and of combine for T tokens and these N: of the 120b's step the fastest
-    on an H100 (docs/performance.md). Their WK does not depend on T."""
-    cuts = Cut(1, 4, 2, 3, 1) if T == 1 else Cut(2, 1, 2, 3, 1), Cut(1, 1, 4, 4, 2)
-    # rows that these would not divide: 16 a program
-    return tuple(
-        replace(cut, NB=1, WN=1) if N % (16 * cut.NB * cut.WN) else cut
-        for cut, N in zip(cuts, sizes, strict=True)
-    )
+    """The cuts of dispatch and of combine for T tokens and these N: of the 120b's step, and of the
+    layer on a rank's shard, the fastest on an H100 (docs/performance.md). Their WK does not depend
+    on T."""
+    if sizes[0] < WHOLE_ROWS or sizes[0] % 64:  # wide programs would be too few, or do not divide
+        return Cut(1, 1, 4, 4, 2), Cut(1, 1, 4, 4, 2) if T == 1 else Cut(2, 1, 4, 3, 1)
+    return Cut(1, 4, 2, 3, 1) if T == 1 else Cut(2, 1, 2, 3, 1), Cut(1, 1, 4, 4, 2)
 
 
 def moe(

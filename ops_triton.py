@@ -111,6 +111,101 @@ def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, eps: float) -> tuple[Te
     return total, norm
 
 
+# The same of partial sums that several GPUs hold. An all-reduce and then the kernel above are more
+# latencies in a row than this: each GPU writes its part into the memory of the others and norms. A
+# word of data travels with the number of the call in one access of 8 bytes: who finds the number
+# has the data, and nobody waits for writes to be done before a signal follows.
+
+
+class Peers(NamedTuple):
+    """What one rank sees of the memory through which ranks of one machine add up partial sums."""
+
+    rank: int
+    inboxes: tuple[int, ...]  # addresses: of every rank's `inbox`, which no tensor of ours can be
+    inbox: Tensor  # int64 [2, ranks, rows, H/2], by odd and even calls and by who wrote it
+    calls: Tensor  # int32 [rows], of this rank: how often each row was summed
+
+
+def meet(rank: int, ranks: int, rows: int, H: int, device) -> Peers:
+    """Memory for rows of H bfloat16 that all of `ranks` see; all of them call this together."""
+    from torch.distributed import _symmetric_memory as symmetric_memory  # where there are GPUs
+
+    shape, group = (2, ranks, rows, H // 2), torch.distributed.group.WORLD
+    inbox = symmetric_memory.empty(*shape, dtype=torch.int64, device=device).zero_()
+    handle = symmetric_memory.rendezvous(inbox, group)
+    inboxes = tuple(handle.get_buffer(r, shape, torch.int64).data_ptr() for r in range(ranks))
+    torch.cuda.synchronize(device)
+    torch.distributed.barrier(group)  # nobody writes before all are zero
+    return Peers(rank, inboxes, inbox, torch.zeros(rows, dtype=torch.int32, device=device))
+
+
+@triton.jit
+def sum_norm_kernel(
+    x, y, scale, total, norm, inboxes, calls, W, eps, rows, RANK: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program a row of W words, each two values. A call's words are written again two calls
+    later, which no rank makes before all have read them: it waits for the call between, which a
+    rank takes part in when it is done with this one."""
+    await_earlier(PDL)
+    t, w, rank = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, RANKS)
+    at, there = t.to(tl.int64) * W + w, w < W
+    call = tl.load(calls + t, volatile=True) + 1
+    part = tl.load(y + at, mask=there, other=0).to(tl.int64) & 0xFFFFFFFF
+    part = part | (call.to(tl.int64) << 32)
+    turn = (call & 1) * RANKS
+    for peer in tl.static_range(RANKS):
+        if peer != RANK:
+            inbox = tl.multiple_of(tl.cast(inboxes[peer], tl.pointer_type(tl.int64)), 16)
+            tl.store(inbox + (turn + RANK) * rows * W + at, part, mask=there)
+    x_low, x_high = opened(tl.load(x + at, mask=there, other=0))
+    scale_low = tl.load(scale + 2 * w, mask=there, other=0.0)
+    scale_high = tl.load(scale + 2 * w + 1, mask=there, other=0.0)
+
+    # every rank's part, in the order of the ranks: the same sum, bit by bit, on each
+    inbox = tl.multiple_of(tl.cast(inboxes[RANK], tl.pointer_type(tl.int64)), 16)
+    inbox += turn * rows * W + rank[:, None] * (rows * W) + at[None, :]
+    theirs = (rank != RANK)[:, None] & there[None, :]
+    part = tl.broadcast_to(part[None, :], (RANKS, BLOCK))
+    parts = tl.load(inbox, mask=theirs, other=part, volatile=True)
+    while tl.max(tl.max(((parts >> 32).to(tl.int32) != call).to(tl.int32), 1), 0) != 0:
+        parts = tl.load(inbox, mask=theirs, other=part, volatile=True)
+    tl.debug_barrier()  # all warps have read it
+    tl.store(calls + t, call)
+    low, high = opened(parts.to(tl.int32))
+    # which is what the next layers see
+    low = (x_low + tl.sum(low, 0)).to(tl.bfloat16)
+    high = (x_high + tl.sum(high, 0)).to(tl.bfloat16)
+    h, row = tl.arange(0, 2 * BLOCK), t.to(tl.int64) * (2 * W)
+    tl.store(total + row + h, tl.interleave(low, high), mask=h < 2 * W)
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    inverse = 1 / tl.sqrt_rn(tl.sum(low * low + high * high, 0) / (2 * W) + eps)
+    low, high = low * inverse * scale_low, high * inverse * scale_high
+    both = tl.interleave(low.to(tl.bfloat16), high.to(tl.bfloat16))
+    tl.store(norm + row + h, both, mask=h < 2 * W)
+
+
+@triton.jit
+def opened(word):
+    """int32 words of two bfloat16 -> both as float32, the lower half first."""
+    low, high = word << 16, word & -65536
+    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+
+
+def sum_norm(x: Tensor, y: Tensor, scale: Tensor, eps: float, peers: Peers):
+    """`add_norm` of x, which every rank has, and the sum of all ranks' y, which is never stored.
+    bfloat16, at most as many rows as the peers have memory for."""
+    x, y = x.contiguous(), y.contiguous()
+    total, norm = torch.empty_like(x), torch.empty_like(x)
+    T, W = len(x), x.shape[1] // 2
+    rows, block = len(peers.calls), next_power(W)
+    sum_norm_kernel[(T,)](
+        x.view(torch.int32), y.view(torch.int32), scale, total, norm, peers.inboxes, peers.calls, W,
+        eps, rows, peers.rank, len(peers.inboxes), block, num_warps=8, **overlapping(),
+    )  # fmt: skip
+    return total, norm
+
+
 # --------------------------------------------------------------------------------------------------
 # Dense layers
 

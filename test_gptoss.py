@@ -677,7 +677,7 @@ def test_what_a_terminal_can_do_to_it_is_one_line(command, code, message):
 
 def test_a_terminal_without_the_answers_characters():
     """An answer's character that ASCII lacks is replaced, not fatal."""
-    code = "import sys, gptoss; gptoss.run = lambda args: print('\u00e9', end='');"
+    code = "import sys, gptoss; gptoss.run = lambda *_: print('\u00e9', end='');"
     code += "sys.argv = ['gptoss', '--prompt', 'x']; sys.exit(gptoss.main())"
     env = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
@@ -907,7 +907,7 @@ def test_equations_need_neither_triton_nor_the_kernels(tmp_path):
 
 
 @needs_triton
-@pytest.mark.parametrize("room", ["ops_triton", "moe_gluon", "moe_nvidia"])
+@pytest.mark.parametrize("room", gptoss.KERNELS)
 def test_a_room_of_kernels_that_is_gone_leaves_the_equations(monkeypatch, room):
     import gfx950
 

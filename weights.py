@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import NamedTuple, get_args, get_type_hints
 
 import tiktoken
 import torch
@@ -276,6 +276,62 @@ def lookup(table: dict, path: str):
 # What a checkpoint becomes
 
 
+class Shard(NamedTuple):
+    """The part of a model that one rank of several has: heads with their keys and values, experts'
+    intermediate values in whole groups of 32, rows of the unembedding. Of a bias that is added to
+    a sum over the ranks rank 0 has all and the others zeros. Everything else is whole."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, count: int, width: int = 1, begin: int = 0) -> slice:
+        """Its indices of `count` units of `width` in a row that starts at `begin`."""
+        first, end = (count * n // self.ranks for n in (self.rank, self.rank + 1))
+        return slice(begin + width * first, begin + width * end)
+
+    def config(self, whole: Config) -> Config:
+        """The constants of this part. Raises CheckpointError where ranks cannot share a model."""
+        G, groups = whole.num_key_value_heads, -(-whole.intermediate_size // MX_GROUP)
+        possible = [n for n in range(1, G + 1) if G % n == 0 and n <= groups]
+        if self.ranks not in possible:
+            raise CheckpointError(
+                f"{self.ranks} ranks cannot share a model of {G} key/value heads and {groups} "
+                f"groups of {MX_GROUP} intermediate values; {possible} can"
+            )
+        return dataclasses.replace(
+            whole,
+            num_attention_heads=whole.num_attention_heads // self.ranks,
+            num_key_value_heads=G // self.ranks,
+            intermediate_size=len(range(whole.intermediate_size)[self.of(groups, MX_GROUP)]),
+        )
+
+    def cut(self, stored: "Stored", tensor: torch.Tensor, whole: Config) -> torch.Tensor:
+        """Its part of a stored tensor: a view, but for a fused qkv."""
+        if self.rank and stored.ours.endswith(("out_bias", "down_bias")):
+            return torch.zeros_like(tensor)
+        N, G, D = whole.num_attention_heads, whole.num_key_value_heads, whole.head_dim
+        groups = -(-whole.intermediate_size // MX_GROUP)
+        parts = {
+            "logits": [self.of(whole.vocab_size)],
+            "heads": [self.of(N)],
+            "Q": [self.of(N, D)],
+            "KV": [self.of(G, D)],
+            "QKV": [self.of(N, D), self.of(G, D, N * D), self.of(G, D, (N + G) * D)],
+            "I": [self.of(groups, MX_GROUP)],
+            "2I": [self.of(groups, 2 * MX_GROUP)],
+            "I/2": [self.of(groups, MX_GROUP // 2)],
+            "I/32": [self.of(groups)],
+        }
+        for axis, dimension in enumerate(stored.dimensions if self.ranks > 1 else ()):
+            if slices := parts.get(dimension):
+                pieces = [tensor[(slice(None),) * axis + (piece,)] for piece in slices]
+                tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
+        return tensor
+
+
+WHOLE = Shard()
+
+
 @dataclass
 class Experts:
     """One layer's experts, as stored. Rows of gate_up interleave gate (even) and up (odd), in
@@ -310,13 +366,14 @@ class Checkpoint:
     experts: list[Experts]  # one per layer
     activations: str  # what its expert GEMMs were made to see: "bf16", "fp8" or "mxfp4"
     stop_tokens: frozenset[int]  # after which a completion is over
+    shard: Shard  # of the model: what `config`'s heads and intermediate size and all tensors are
 
 
 # Every tensor of every layout: its stored name, our name, its dtype, its shape. {l} counts layers,
 # {e} experts. Rows of one name are joined: q, k, v along their rows, Quark's experts by stacking.
 HF = """
 model.embed_tokens.weight                           embedding           bf16  V H
-lm_head.weight                                      unembedding         bf16  V H
+lm_head.weight                                      unembedding         bf16  logits H
 model.norm.weight                                   norm                bf16  H
 model.layers.{l}.input_layernorm.weight             {l}.attn_norm       bf16  H
 model.layers.{l}.self_attn.q_proj.weight            {l}.qkv_weight      bf16  Q H
@@ -362,7 +419,7 @@ model.layers.{l}.mlp.experts.{e}.down_proj.input_scale      {l}.down_input_scale
 """,
     "openai": """
 embedding.weight                      embedding           bf16  V H
-unembedding.weight                    unembedding         bf16  V H
+unembedding.weight                    unembedding         bf16  logits H
 norm.scale                            norm                bf16  H
 block.{l}.attn.norm.scale             {l}.attn_norm       bf16  H
 block.{l}.attn.qkv.weight             {l}.qkv_weight      bf16  QKV H
@@ -421,6 +478,7 @@ class Stored:
     ours: str
     dtypes: tuple[str, ...]  # safetensors' names of the dtypes it may have
     shape: tuple[int, ...]
+    dimensions: tuple[str, ...]  # what the table calls those of the shape
 
 
 def tensors_of(
@@ -432,6 +490,7 @@ def tensors_of(
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     size = {
         "V": c.vocab_size,
+        "logits": c.vocab_size,
         "H": c.hidden_size,
         "E": c.num_local_experts,
         "heads": c.num_attention_heads,
@@ -459,6 +518,7 @@ def tensors_of(
                         ours.format(l=layer),
                         DTYPES[dtype],
                         tuple(size[s] for s in shape),
+                        tuple(shape),
                     )
                 )
     return stored
@@ -468,10 +528,10 @@ def tensors_of(
 # Reading
 
 
-def load(path: str | Path) -> Checkpoint:
-    """Loads the checkpoint in folder `path`. Tensors are memory-mapped views of its files, but for
-    those that are joined (Hugging Face's q, k, v; Quark's experts), which are copied into memory a
-    layer at a time.
+def load(path: str | Path, shard: Shard = WHOLE) -> Checkpoint:
+    """Loads the checkpoint in folder `path`, or a shard of it. Tensors are memory-mapped views of
+    its files, but for those that are joined (Hugging Face's q, k, v; Quark's experts; a shard of a
+    fused qkv), which are copied into memory a layer at a time.
 
     Raises CheckpointError for anything missing, unexpected, contradictory or damaged."""
     path = Path(path)
@@ -489,7 +549,12 @@ def load(path: str | Path) -> Checkpoint:
         )
     layers = (None, *range(config.num_hidden_layers))
     check(path, files, [t for n in layers for t in tensors_of(config, layout, n, activations)])
-    checkpoint = assemble(config, layout, activations, lambda group: read(files, group), "loading")
+
+    def read_group(group: list[Stored]) -> list[torch.Tensor]:
+        # A view of a memory-mapped file: what is not in the shard is not read.
+        return [shard.cut(s, t, config) for s, t in zip(group, read(files, group), strict=True)]
+
+    checkpoint = assemble(config, shard, layout, activations, read_group, "loading")
     return dataclasses.replace(checkpoint, stop_tokens=checkpoint.stop_tokens | find_stops(path))
 
 
@@ -532,17 +597,24 @@ def find_stops(path: Path) -> frozenset[int]:
     return frozenset(stops)
 
 
-def random(config: Config, layout: str, device="cpu", seed: int = 0) -> Checkpoint:
-    """Made-up weights of true shapes, on `device`, as a checkpoint of that layout would load; on
-    "meta", the shapes alone. They are drawn a layer at a time, and packed experts are never held
-    unpacked."""
+def random(
+    config: Config, layout: str, device="cpu", seed: int = 0, shard: Shard = WHOLE
+) -> Checkpoint:
+    """Made-up weights of true shapes, on `device`, as a checkpoint of that layout, or a shard of
+    it, would load; on "meta", the shapes alone. They are drawn a layer at a time, and packed
+    experts are never held unpacked."""
     generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def draw_group(group: list[Stored]) -> list[torch.Tensor]:
-        return [draw(stored, device, generator) for stored in group]
+        return [draw_part(stored) for stored in group]
+
+    def draw_part(stored: Stored) -> torch.Tensor:
+        whole = draw(stored, device, generator)
+        part = shard.cut(stored, whole, config)
+        return part if part is whole else part.clone()  # which lets the whole go
 
     activations = "fp8" if layout == "quark" else "bf16"
-    return assemble(config, layout, activations, draw_group, "random weights")
+    return assemble(config, shard, layout, activations, draw_group, "random weights")
 
 
 def random_tensors(config: Config, layout: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -579,10 +651,10 @@ def draw(stored: Stored, device, generator: torch.Generator | None) -> torch.Ten
 
 
 def assemble(
-    config: Config, layout: str, activations: str, read_group: Callable, label: str
+    config: Config, shard: Shard, layout: str, activations: str, read_group: Callable, label: str
 ) -> Checkpoint:
-    """A checkpoint, a layer at a time. `read_group` gives the tensors of a list of Stored."""
-    names = [field.name for field in dataclasses.fields(Experts)]
+    """A checkpoint, a layer at a time. `read_group` gives the shard of each of a list of Stored."""
+    part, names = shard.config(config), [field.name for field in dataclasses.fields(Experts)]
     dense, experts = {}, []
     for layer in progress((None, *range(config.num_hidden_layers)), label):
         group, parts = tensors_of(config, layout, layer, activations), {}
@@ -594,7 +666,7 @@ def assemble(
             experts.append(as_experts(layout, layer, fields))
         dense |= joined
     stop_tokens = frozenset(config.eos_token_id)
-    return Checkpoint(config, layout, dense, experts, activations, stop_tokens)
+    return Checkpoint(part, layout, dense, experts, activations, stop_tokens, shard)
 
 
 def join(ours: str, tensors: list[torch.Tensor]) -> torch.Tensor:

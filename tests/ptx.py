@@ -184,9 +184,13 @@ class Program:
             "add": lambda: x[0] + x[1],
             "sub": lambda: x[0] - x[1],
             "mul": lambda: x[0] * x[1],
-            "div": lambda: x[0] / x[1],
-            "min": lambda: np.minimum(x[0], x[1]),
-            "max": lambda: np.maximum(x[0], x[1]),
+            "div": lambda: (
+                x[0] / x[1] if kind[0] == "f" else np.trunc(x[0] / x[1]).astype(x[0].dtype)
+            ),
+            "rem": lambda: np.fmod(x[0], x[1]),
+            # of a number and NaN the number, as PTX ISA has it
+            "min": lambda: (np.minimum if "NaN" in op else np.fmin)(x[0], x[1]),
+            "max": lambda: (np.maximum if "NaN" in op else np.fmax)(x[0], x[1]),
             "neg": lambda: -x[0],
             "abs": lambda: np.abs(x[0]),
             "ex2": lambda: np.exp2(x[0]),
@@ -234,6 +238,9 @@ class Program:
         x = as_type(self.read(operands[1]), source)
         if to == "bf16":
             bits = round_bf16(x)
+        elif to == "bf16x2":  # the upper half first
+            low = as_type(self.read(operands[2]), source)
+            bits = round_bf16(low) | round_bf16(x) << np.uint64(16)
         elif source == "bf16" or source == to:
             bits = to_bits(x)
         else:

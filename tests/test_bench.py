@@ -15,7 +15,7 @@ from common import ROOT, TINY
 import bench
 import gptoss
 import weights
-from gptoss import GPTOSS
+from gptoss import GPTOSS, Ranks
 
 FEW = ["--input", "20", "--output", "6", "--rounds", "2"]
 
@@ -137,7 +137,7 @@ def test_a_missing_peer_is_one_line(capsys, monkeypatch):
     MemoryError(),
 ])  # fmt: skip
 def test_no_memory_is_one_line_that_says_what_to_do(error, capsys, monkeypatch):
-    def build(args, device):
+    def build(*_):
         raise error
 
     monkeypatch.setattr(bench, "build", build)
@@ -162,7 +162,7 @@ def test_made_up_sequences_choose_their_experts_nearly_independently():
 
 
 def test_an_error_without_words_is_named(capsys, monkeypatch):
-    def build(args, device):
+    def build(*_):
         raise RuntimeError
 
     monkeypatch.setattr(bench, "build", build)
@@ -244,7 +244,7 @@ def test_systems_alternate_with_the_same_prompts(monkeypatch):
 
 def test_transformers_plays_the_same_tokens():
     args = bench.parse(["--peer", "transformers", "--input", "20", "--output", "6"])
-    ours, theirs = bench.build(args, torch.device("cpu"))
+    ours, theirs = bench.build(args, torch.device("cpu"), Ranks())
     prompts = [[(7 * i + n) % 1000 for i in range(20)] for n in range(3)]
     assert sorted(ours.stream(prompts, 6)) == sorted(theirs.stream(prompts, 6))
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import triton
 from bench_moe import packed_experts
+from common import make
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
@@ -58,8 +59,8 @@ REST = [
 ]
 
 
-def make_experts(E, H, inner, bf16=False, seed=0):
-    """One layer's experts, with static scales for fp8."""
+def make_experts(E, H, inner, bf16=False, seed=0, shard=weights.WHOLE):
+    """One layer's experts, or a rank's shard of them, with static scales for fp8."""
     config = replace(
         weights.published("120b"),
         num_hidden_layers=1,
@@ -69,7 +70,7 @@ def make_experts(E, H, inner, bf16=False, seed=0):
         hidden_size=H,
         intermediate_size=inner,
     )
-    checkpoint = weights.random(config, "hf-bf16" if bf16 else "openai", seed=seed)
+    checkpoint = weights.random(config, "hf-bf16" if bf16 else "openai", seed=seed, shard=shard)
     return replace(checkpoint.experts[0], gate_up_input_scale=0.02, down_input_scale=0.01)
 
 
@@ -527,6 +528,32 @@ def test_ragged_splits(H, inner, activations):
         assert got == want, launch.name
 
 
+@pytest.mark.parametrize(
+    "T, rank, ranks, activations",
+    [
+        (1, 1, 2, "mxfp8"),  # 1440 of 2880
+        (2, 1, 4, "mxfp4"),  # 736
+        (17, 0, 4, "mxfp8"),  # 704
+        slow(1, 0, 8, "bf16"),  # 352
+        slow(64, 3, 8, "fp8"),  # 384
+    ],
+)
+def test_a_ranks_shard(T, rank, ranks, activations):
+    """Of the real models' layer, of which rank 0 alone has the second bias."""
+    shard = weights.Shard(rank, ranks)
+    experts = make_experts(4, 2880, 2880, activations == "bf16", shard=shard)
+    assert bool(experts.down_bias.any()) == (rank == 0)
+    run_layer(make_inputs(T, 4, 2880), experts, 4, activations)
+
+
+def test_a_shard_that_lies_in_a_file(tmp_path):
+    """Its tensors are views: two groups of each row's five."""
+    path = make(tmp_path, num_attention_heads=8, num_key_value_heads=4)
+    experts = weights.load(path, weights.Shard(3, 4)).experts[0]
+    assert not experts.down_weight.is_contiguous() and not experts.down_scale.is_contiguous()
+    run_layer(make_inputs(3, 5, 96), experts, 3, "mxfp8")
+
+
 @pytest.mark.parametrize("T", [16, 40])
 def test_all_rows_on_one_expert(T):
     experts, (x, router_weight, router_bias) = make_experts(32, 192, 160), make_inputs(T, 32, 192)
@@ -748,8 +775,8 @@ def placeholder(E, activations, H=2880, inner=2880) -> PackedExperts:
 @pytest.mark.parametrize("E", [32, 128])
 @pytest.mark.parametrize("activations", FORMATS)
 def test_profiles(activations, E):
-    """No spills, no scratch, for every batch size of the contract at 20b and 120b sizes; and two
-    workgroups of every kernel fit a CU, by registers and by its 160 KB of LDS."""
+    """No spills, no scratch, for every batch size of the contract at 20b and 120b sizes; two waves
+    of every kernel fit a SIMD by registers, and two workgroups a CU by its 160 KB of LDS."""
     packed, router_weight = placeholder(E, activations), torch.empty(E, 2880, dtype=torch.bfloat16)
     for T in (1, 2, 4, 8, 16, 32, 64, 512, 1024, 4096, 8192):
         x = torch.empty(T, 2880, dtype=torch.bfloat16)

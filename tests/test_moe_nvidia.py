@@ -169,6 +169,14 @@ def test_moe_at_full_size(device, T, E):
     check(device, make_inputs(T, E, 2880), make_experts(E, 2880, 2880), 4)
 
 
+@pytest.mark.parametrize("T", [1, 8])
+@pytest.mark.parametrize("inner", [1440, 704, 736, 352, 384])
+@pytest.mark.parametrize("device", [CUDA])
+def test_moe_of_a_ranks_shard(device, T, inner):
+    """What one of two, four or eight ranks has of a layer."""
+    check(device, make_inputs(T, 32, 2880), make_experts(32, 2880, inner), 4)
+
+
 @pytest.mark.slow
 def test_moe_at_full_depth():
     check("sm_90", make_inputs(1, 4, 2880), make_experts(4, 2880, 64), 4)

@@ -66,6 +66,38 @@ def test_add_norm_keeps_nan_in_its_row():
     assert norm.isnan().all(1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("rank, ranks, T, H", [(0, 2, 1, 2880), (1, 2, 3, 34), (2, 4, 5, 96)])
+@modes
+def test_sum_norm(rank, ranks, T, H, timing, schedule):
+    """One rank's kernel; what the others write was there before it started. Whole numbers: every
+    order of a sum is exact. The emulator has no address for a tensor, and takes the tensor."""
+    rows, scale = T + 1, normal(H, seed=2)
+    generator = torch.Generator().manual_seed(0)
+    x, parts = (
+        torch.randint(-9, 10, s, generator=generator).to(BF16) for s in ((T, H), (ranks, T, H))
+    )
+    inboxes = [torch.zeros(2, ranks, rows, H // 2, dtype=torch.int64) for _ in range(ranks)]
+    peers = ops_triton.Peers(
+        rank, tuple(inboxes), inboxes[rank], torch.zeros(rows, dtype=torch.int32)
+    )
+    words = parts.view(torch.int32).long() & 0xFFFFFFFF  # [ranks, T, H/2]
+    others = [peer for peer in range(ranks) if peer != rank]
+    for call in (1, 2, 3):
+        stamped = words + (call << 32)
+        inboxes[rank][call % 2, others, :T] = stamped[others]
+        with gfx950.emulate(timing=timing, schedule=schedule):
+            total, norm = ops_triton.sum_norm(x, parts[rank], scale, 1e-5, peers)
+        assert torch.equal(total, (x.float() + parts.float().sum(0)).to(BF16))
+        want = EQUATIONS.add_norm(total, None, scale, 1e-5)[1]
+        assert relative(norm.float(), want.float()) < SAME_ROUNDINGS
+        assert peers.calls.tolist() == [call] * T + [0]
+        for peer in others:
+            assert torch.equal(inboxes[peer][call % 2, rank, :T], stamped[rank])
+    for peer in others:
+        inboxes[peer][:, rank, :T] = 0
+        assert not inboxes[peer].any()  # and nowhere else
+
+
 # -- dense layers ---------------------------------------------------------------------------------
 
 
@@ -130,6 +162,11 @@ class Case:
         with gfx950.emulate(**emulate) as gpu:
             plan = ops_triton.plan(self.step, self.config)
             got = ops_triton.attention(self.qkv, self.sinks, pool, kind, plan)
+        assert not plan.arrived.any()
+        self.compare(kind, got, pool)
+        return got, len(gpu.launches)
+
+    def compare(self, kind, got, pool):
         want, want_pool = self.want(kind)
         real = self.step.positions.flatten() >= 0
         limit = SAME_SUMS if got.dtype == FLOAT else TWO_ROUNDINGS
@@ -144,8 +181,6 @@ class Case:
         ulp = 2.0**-23 if got.dtype == FLOAT else 2.0**-7
         assert ((keys - want_keys).abs() <= ulp * want_keys.abs() + 1e-6).all()
         assert relative(keys, want_keys) < SAME_ROUNDINGS / 2
-        assert not plan.arrived.any()
-        return got, len(gpu.launches)
 
 
 KINDS = pytest.mark.parametrize("kind", weights.LAYER_TYPES)

@@ -195,6 +195,10 @@ def launch_layer(
     H = c.hidden_size
     N, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     ops_triton.add_norm(new(T, H), new(T, H), new(H, dtype=torch.float32), 1e-5)
+    if T == 1:
+        calls = new(64, dtype=torch.int32)
+        peers = ops_triton.Peers(0, (1 << 40, 3 << 40), calls, calls)
+        ops_triton.sum_norm(new(T, H), new(T, H), new(H, dtype=torch.float32), 1e-5, peers)
     for rows, columns in (((N + 2 * G) * D, H), (H, N * D)):  # queries, keys and values; the output
         ops_triton.linear(new(T, columns), new(rows, columns), new(rows))
     table = new(1, 256, dtype=torch.int32)

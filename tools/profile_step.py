@@ -30,7 +30,7 @@ KINDS = {  # of kernels, by parts of their names
     "experts": ("expert_kernel", "dispatch_kernel", "combine_kernel", "sort_kernel", "sum_kernel"),
     "router": ("route_kernel",),
     "attention": ("decode_kernel",),
-    "residuals and norms": ("add_norm_kernel",),
+    "residuals and norms": ("add_norm_kernel", "sum_norm_kernel"),
     "dense layers": ("linear_kernel", "gemm", "gemv", "cutlass", "splitK", "nvjet"),
     "sampling, angles": ("",),
 }
@@ -134,14 +134,15 @@ def main() -> int:
     parser.add_argument("--context", type=bench.positive, default=512)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
+    gptoss.hush_other_ranks()
     if not torch.cuda.is_available():
         print("profile_step: PyTorch sees no GPU", file=sys.stderr)
         return 1
-    device = torch.device("cuda")
+    ranks, device = gptoss.Ranks.join("cuda"), torch.device("cuda")
     bandwidth = bench.copy_bandwidth(device)
     for size in args.model:
-        checkpoint = weights.random(weights.published(size), "openai", device)
-        model = gptoss.GPTOSS(checkpoint, device)
+        checkpoint = weights.random(weights.published(size), "openai", device, 0, ranks.shard)
+        model = gptoss.GPTOSS(checkpoint, device, ranks=ranks)
         for concurrency in args.concurrency:
             found = rows(model, concurrency, args.context, bandwidth)
             if args.json:
@@ -151,6 +152,7 @@ def main() -> int:
                 print(f"\n{size}, {concurrency} x {args.context} tokens\n")
                 print(bench.table(COLUMNS, found), flush=True)
         del model, checkpoint
+    ranks.leave()
     return 0
 
 
