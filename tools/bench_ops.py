@@ -36,6 +36,7 @@ import torch.nn.functional as F
 import triton
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import attention_nvidia
 import gptoss
 import moe_nvidia
 import ops_triton
@@ -188,23 +189,28 @@ def attention(bench: Bench, c, cases: list[tuple[int, int, int]]) -> None:
             ]
             plan = ops_triton.plan(step, c)
 
-            def call(pool, kind=kind, plan=plan, qkv=qkv):
-                return ops_triton.attention(qkv, sinks, pool, kind, plan)
+            rooms = {"attention": ops_triton}
+            if moe_nvidia.is_supported() and attention_nvidia.attends(qkv, sinks, pools[0], plan):
+                rooms["attention_nvidia"] = attention_nvidia
+            for name, room in rooms.items():
 
-            def error(pool=pools[0], kind=kind, step=step, qkv=qkv, call=call):
-                mine, theirs = pool.clone(), pool.float()
-                want = gptoss.attention(
-                    qkv.float(), sinks.float(), theirs, kind, gptoss.plan(step, c)
-                )
-                got = call(mine)
-                return max(relative(got, want), relative(mine, theirs))
+                def call(pool, room=room, kind=kind, plan=plan, qkv=qkv):
+                    return room.attention(qkv, sinks, pool, kind, plan)
 
-            small = S * Q * (cached + Q) * N < 1 << 31  # the equations hold all scores
-            bench.row(
-                f"attention {kind.split('_')[0]}",
-                [lambda pool=pool, call=call: call(pool) for pool in pools],
-                nbytes, flop, error if small else None, T=S * Q, S=S, cached=cached,
-            )  # fmt: skip
+                def error(pool=pools[0], kind=kind, step=step, qkv=qkv, call=call):
+                    mine, theirs = pool.clone(), pool.float()
+                    want = gptoss.attention(
+                        qkv.float(), sinks.float(), theirs, kind, gptoss.plan(step, c)
+                    )
+                    got = call(mine)
+                    return max(relative(got, want), relative(mine, theirs))
+
+                small = S * Q * (cached + Q) * N < 1 << 31  # the equations hold all scores
+                bench.row(
+                    f"{name} {kind.split('_')[0]}",
+                    [lambda pool=pool, call=call: call(pool) for pool in pools],
+                    nbytes, flop, error if small else None, T=S * Q, S=S, cached=cached,
+                )  # fmt: skip
 
 
 def moe(bench: Bench, c, tokens: list[int], variants: list, activations: str, nvidia: list) -> None:
