@@ -329,7 +329,15 @@ def test_gpus_give_one_ranks_logits_and_tokens(tmp_path, dtype):
 
 
 def torchrun(*args: str, ranks: int = 2, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *args]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        *args,
+    ]
     pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, **pipe, **options)

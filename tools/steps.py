@@ -749,7 +749,7 @@ WHY = {
     "w_scale": "16 programs x 64 columns x 90 groups",
     "x": "8 pairs x 4 blocks x 2,880 bytes: every block asks for the rows again",
     "x_scale": "8 pairs x 4 blocks x 90 groups",
-    "bias": "16 programs x 256 lanes x 4 columns x 4 bytes: the lanes of all 16 rows ask",
+    "bias": "8 pairs x 4 blocks x 64 columns x 4 bytes: the lanes of every row ask",
     "pairs": "8 pairs x 4 blocks x 16 lanes x 4 bytes: 4 lanes of each of 4 waves hold a row",
     "tiles": "16 programs x 4 waves x 3 numbers of 4 bytes",
     "num_tiles": "32 programs x 4 waves x 4 bytes: those without work ask, too",
