@@ -107,10 +107,11 @@ def dequantise_mxfp4(packed: Tensor, scale: Tensor) -> Tensor:
 def quantise_mx(x: Tensor, activations: str) -> Tensor:
     """x [..., K] float32 rounded to mxfp8 (e4m3) or mxfp4 (e2m1), as float32 again. Per group of 32
     the scale is 2^(floor(log2(max |x|)) - emax), OCP MX v1.0 section 6.3; elements round to nearest
-    even and saturate."""
+    even and saturate. A group with NaN has the scale NaN."""
     largest_exponent, largest = (8, 448.0) if activations == "mxfp8" else (2, 6.0)
     groups = x.unflatten(-1, (-1, MX_GROUP))  # [..., K/32, 32]
-    bits = groups.abs().amax(-1, keepdim=True).view(torch.int32)
+    largest_of = groups.abs().amax(-1, keepdim=True)  # [..., K/32, 1]
+    groups, bits = groups.where(largest_of == largest_of, math.nan), largest_of.view(torch.int32)
     # float32's own exponent field is the floor of the logarithm
     exponent = ((bits >> 23) - 127 - largest_exponent).clamp(-127, 127)
     scaled = torch.ldexp(groups, -exponent).clamp(-largest, largest)

@@ -771,6 +771,7 @@ def quantised(x, scale, ACTIVATIONS: tl.constexpr):
     if MX:  # float32's own exponent field is the floor of the logarithm
         bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)[:, None, :]
         exponent = tl.maximum((bits >> 23) - 127 - LARGEST_EXPONENT, -127)
+        x = tl.where(bits > 0x7F800000, float("nan"), x)  # a group with NaN has the scale NaN
         x = x * ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     else:
         x = tl.div_rn(x, tl.zeros_like(x) + scale)

@@ -79,6 +79,15 @@ def test_quantise_fp8_clamps():
     assert gptoss.quantise_fp8(x, 2.0).tolist()[3] == 2 * 240.0
 
 
+@pytest.mark.parametrize("activations", ["mxfp8", "mxfp4"])
+def test_a_group_with_nan_is_nan(activations):
+    """Its scale is, and no other's."""
+    x = torch.ones(2, 96)
+    x[0, 40] = math.nan
+    found = gptoss.quantise_mx(x, activations)
+    assert found[0, 32:64].isnan().all() and int(found.isnan().sum()) == 32
+
+
 @pytest.mark.parametrize("activations", gptoss.ACTIVATIONS)
 def test_moe_reference_is_the_equations(activations):
     """Token by token and expert by expert, in float64. float32 sums differ by 1e-6, and may carry

@@ -117,9 +117,12 @@ def plain(x, chosen, experts):
     return h
 
 
-def sizes(experts) -> tuple[int, int]:
-    """K and N."""
-    return experts.gate_up_weight.shape[2] * 2, experts.gate_up_weight.shape[1]
+def sizes(experts, block: int = 2) -> tuple[int, int]:
+    """K and N, which has to be whole blocks."""
+    E, N, K = experts.gate_up_weight.shape
+    if N % block:
+        raise ValueError(f"{N} columns: this step takes a multiple of {block}")
+    return K * 2, N
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,7 +261,7 @@ def store_swiglu(acc, h, first, count, i, N: gl.constexpr):
 
 
 def scaled(x, chosen, experts):
-    (T, top_k), (K, N) = chosen.shape, sizes(experts)
+    (T, top_k), (K, N) = chosen.shape, sizes(experts, 64)
     lists = list_tiles(chosen, len(experts.gate_up_weight))
     h = torch.empty(T * top_k, N // 2, dtype=torch.bfloat16, device=x.device)
     weight = experts.gate_up_weight, experts.gate_up_scale, experts.gate_up_bias.float()
@@ -322,7 +325,7 @@ def packed_kernel(
 
 
 def packed(x, chosen, experts):
-    (T, top_k), (K, N) = chosen.shape, sizes(experts)
+    (T, top_k), (K, N) = chosen.shape, sizes(experts, 64)
     lists = list_tiles(chosen, len(experts.gate_up_weight))
     h = torch.empty(T * top_k, N // 2, dtype=torch.bfloat16, device=x.device)
     weight = in_strips(experts.gate_up_weight), experts.gate_up_scale, experts.gate_up_bias.float()
@@ -396,7 +399,7 @@ def in_order(acc):
 
 
 def dealt(x, chosen, experts):
-    (T, top_k), (K, N) = chosen.shape, sizes(experts)
+    (T, top_k), (K, N) = chosen.shape, sizes(experts, 64)
     lists = list_tiles(chosen, len(experts.gate_up_weight))
     h = torch.empty(T * top_k, N // 2, dtype=torch.bfloat16, device=x.device)
     weight = *deal(experts.gate_up_weight, experts.gate_up_scale), experts.gate_up_bias.float()
@@ -486,7 +489,7 @@ def sum_waves(acc):
 
 
 def split(x, chosen, experts):
-    (T, top_k), (K, N) = chosen.shape, sizes(experts)
+    (T, top_k), (K, N) = chosen.shape, sizes(experts, 64)
     lists = list_tiles(chosen, len(experts.gate_up_weight))
     h = torch.empty(T * top_k, N // 2, dtype=torch.bfloat16, device=x.device)
     weight = *deal(experts.gate_up_weight, experts.gate_up_scale), experts.gate_up_bias.float()
@@ -578,7 +581,7 @@ def pin(x, registers: gl.constexpr):
 
 
 def ahead(x, chosen, experts):
-    (T, top_k), (K, N) = chosen.shape, sizes(experts)
+    (T, top_k), (K, N) = chosen.shape, sizes(experts, 64)
     lists = list_tiles(chosen, len(experts.gate_up_weight))
     h = torch.empty(T * top_k, N // 2, dtype=torch.bfloat16, device=x.device)
     weight = *deal(experts.gate_up_weight, experts.gate_up_scale), experts.gate_up_bias.float()
@@ -610,6 +613,7 @@ def shipped(x, chosen, experts):
 # --------------------------------------------------------------------------------------------------
 # What runs, checks and counts the steps
 
+plain.activations = tiled.activations = "bf16"  # what a step multiplies; the others mxfp8
 STEPS = (plain, tiled, scaled, packed, dealt, split, ahead, shipped)
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -626,12 +630,13 @@ def counted_problem() -> tuple:
 
 
 def oracle(step, x, chosen, experts) -> torch.Tensor:
-    """float32 [T * k, N/2]: the equations, of x as the step's GEMM sees it. Steps 0 and 1 multiply
-    bf16, the others mxfp8; of these only the shipped one rounds h to mxfp8."""
+    """float32 [T * k, N/2]: the equations, of x as the step's GEMM sees it. Steps 0 and 1, and what
+    has `activations` "bf16", multiply bf16, the others mxfp8; of these only the shipped one rounds
+    h to mxfp8."""
     expert, order = chosen.flatten().sort(stable=True)
     routing = gptoss.Routing(chosen, None, order, collections.Counter(expert.tolist()))
     activations = "mxfp8" if step is shipped else "bf16"
-    if step not in (plain, tiled, shipped):
+    if step is not shipped and getattr(step, "activations", "mxfp8") != "bf16":
         x = gptoss.quantise_mx(x.float(), "mxfp8")
     return gptoss.dispatch_swiglu(x, routing, experts, activations, LIMIT.value)
 
