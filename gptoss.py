@@ -73,8 +73,9 @@ class Step:
 
 
 class Ops(NamedTuple):
-    """The six operations in which devices differ. None of them sees a model or a layer, and none
-    writes to anything but the pool. EQUATIONS below are their definition."""
+    """The six operations in which devices differ, and two for ranks that see each other's memory.
+    None of them sees a model or a layer, and none writes to anything but the pool and, of the two,
+    that memory. EQUATIONS below are their definition."""
 
     prepare: Callable  # (experts, activations) -> packed; once a layer, at load
     plan: Callable  # (step, config) -> whatever `attention` needs of it; once a step
