@@ -625,8 +625,10 @@ def test_compiled_for_gpus_that_are_not_here(gpu):
         with compile_ops.compiling_for(gpu) as found:
             compile_ops.launch_layer(config, T)
         assert [k.name for k in found if k.spills] == []
-        assert len(found) == (1 + 2 + 2 + 3 if T == 1 else 1 + 6 + 5)
+        assert len(found) == (2 + 2 + 2 + 3 if T == 1 else 1 + 6 + 5)
         for k in found:
+            if gpu == "sm_90" and k.name == "sum_norm_kernel":  # asks again until all have come
+                assert k.loop["LDG"] and "ld.volatile.global.v2.b64" in k.text
             if gpu == "sm_90" and k.name == "expert_kernel":
                 loop = k.text[k.text.index("wgmma.fence") : k.text.rindex("wgmma.mma_async")]
                 assert "st.shared" not in loop and "cp.async.cg.shared.global" in k.text
