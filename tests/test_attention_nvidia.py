@@ -124,6 +124,7 @@ def test_bytes(kind):
     keys = 127 if kind == "sliding_attention" else 700
     assert launch.loaded["pool"] == keys * 2 * 2 * 64 * 2  # keys and values, heads, elements, bytes
     assert launch.early["pool"] == launch.loaded["pool"]
+    assert launch.stored["out"] == 16 * 64 * 2  # by the last to arrive alone
     assert set(launch.early) == {"pool", "table", "positions", "cos", "sin", "sinks"}
 
 
