@@ -727,21 +727,6 @@ def prefill_tile(K: int, N: int, f: Format) -> PrefillTile:
     )
 
 
-def tile_size(kernel: str, packed: PackedExperts) -> str | None:
-    """Rows x columns of a workgroup of the expert GEMM that the kernel of this name computes; None
-    for a kernel that is none."""
-    f = FORMATS[packed.activations]
-    if kernel.startswith("prefill_"):
-        return f"{PREFILL_ROWS.value} x {PREFILL_COLUMNS.value}"
-    if kernel == "dispatch_kernel":
-        g = dispatch_tile(packed.gate_up.K, packed.gate_up.N, f)
-    elif kernel == "combine_kernel":
-        g = combine_tile(packed.down.K, packed.down.N, f, top_k=1)
-    else:
-        return None
-    return f"{g.BM} x {g.BN}"
-
-
 # --------------------------------------------------------------------------------------------------
 # Words that all kernels use
 

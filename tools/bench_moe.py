@@ -106,12 +106,27 @@ def pinned(config: Config, tokens: int, active: int, first: int, device) -> tupl
     return x, router, torch.zeros(E, dtype=torch.bfloat16, device=device)
 
 
+def tile_size(kernel: str, packed: moe_gluon.PackedExperts) -> str | None:
+    """Rows x columns of a workgroup of the expert GEMM that the kernel of this name computes; None
+    for a kernel that is none."""
+    f = moe_gluon.FORMATS[packed.activations]
+    if kernel.startswith("prefill_"):
+        return f"{moe_gluon.PREFILL_ROWS.value} x {moe_gluon.PREFILL_COLUMNS.value}"
+    if kernel == "dispatch_kernel":
+        g = moe_gluon.dispatch_tile(packed.gate_up.K, packed.gate_up.N, f)
+    elif kernel == "combine_kernel":
+        g = moe_gluon.combine_tile(packed.down.K, packed.down.N, f, top_k=1)
+    else:
+        return None
+    return f"{g.BM} x {g.BN}"
+
+
 def launch_row(launch, packed) -> dict:
     """What the compiler made of a kernel, and, if it was emulated, what it did."""
     workgroups = math.prod(launch.grid)
     row = {
         "kernel": launch.name,
-        "tile": moe_gluon.tile_size(launch.name, packed),
+        "tile": tile_size(launch.name, packed),
         "workgroups": workgroups,
         "waves": launch.waves // workgroups,
     } | launch.profile
