@@ -936,7 +936,7 @@ def test_readme_commands(tmp_path):
     commands = re.findall(r"^pip install -r requirements.txt.*$", readme, re.M)
     first = r'pip install -r requirements.txt && python gptoss.py --prompt "(.*)"'
     assert re.fullmatch(first, commands[0])
-    second = r"pip install -r requirements.txt( [a-z-]+==\S+)+ && python -m pytest -n auto"
+    second = r"pip install -r requirements.txt( [a-z-]+==\S+)+ && python -m pytest -n 2"
     assert re.fullmatch(second, commands[1]) and len(commands) == 2
     assert commands[1] not in (ROOT / ".ci/run").read_text()  # CI reads it from the README
     (example,) = re.findall(r"```python\n(.*?)```", readme, re.S)
