@@ -194,8 +194,8 @@ def opened(word):
 
 def sum_norm(x: Tensor, y: Tensor, scale: Tensor, eps: float, peers: Peers):
     """`add_norm` of x, which every rank has, and the sum of all ranks' y, which is never stored.
-    bfloat16, at most as many rows as the peers have memory for; NVIDIA's GPUs, as for AMD's Triton
-    3.7.1 reads what is volatile once."""
+    bfloat16, at most as many rows as the peers have memory for. NVIDIA's GPUs: for AMD's, Triton
+    3.7.1 may move a volatile load out of its loop."""
     x, y = x.contiguous(), y.contiguous()
     total, norm = torch.empty_like(x), torch.empty_like(x)
     T, W = len(x), x.shape[1] // 2
