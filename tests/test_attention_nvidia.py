@@ -3,12 +3,15 @@ there is an NVIDIA GPU the kernel on that."""
 
 from dataclasses import replace
 
+import compile_ops
+import ptx
 import pytest
 import torch
-from test_moe_nvidia import devices, running_on
+from test_moe_nvidia import devices, running_on, slow
 from test_ops_triton import Case
 
 import attention_nvidia
+import gptoss
 import ops_triton
 import weights
 
@@ -126,6 +129,35 @@ def test_bytes(kind):
     assert launch.early["pool"] == launch.loaded["pool"]
     assert launch.stored["out"] == 16 * 64 * 2  # by the last to arrive alone
     assert set(launch.early) == {"pool", "table", "positions", "cos", "sin", "sinks"}
+
+
+@pytest.mark.parametrize("gpu", ["sm_90", slow("sm_80"), slow("sm_86"), slow("sm_120")])
+def test_compiled_for_gpus_that_are_not_here(gpu):
+    """Nothing spills, keys and values are loaded 16 bytes a lane, and only the warps' results meet
+    in shared memory: no barrier lies between the two products of a block."""
+    with compile_ops.compiling_for(gpu) as found:
+        compile_ops.launch_attention(attention_nvidia, weights.published("120b"), 1)
+    assert [k.name for k in found] == ["decode_kernel"] * 2
+    for k in found:
+        assert k.spills == 0
+        products = k.text[k.text.index("mma.sync") : k.text.rindex("mma.sync")]
+        assert "bar.sync" not in products and ".shared" not in products
+        # 4 of keys' 32 bytes for 8 heads' rows, and 8 of values' 16, before and in the loop
+        assert k.text.count("ld.global.v4.b32") >= 2 * 16
+
+
+def test_decode_steps_on_nvidia_are_its(monkeypatch):
+    """And chunks of prompts ops_triton's."""
+    for room in (attention_nvidia, ops_triton):
+        monkeypatch.setattr(room, "attention", lambda *_, name=room.__name__: name)
+    with ptx.emulate("sm_90"):
+        ops = gptoss.choose_ops("auto", torch.device("cpu"))
+    case = make([5])
+    plan = ops_triton.plan(case.step, case.config)
+    chunk = replace(plan, positions=plan.positions.expand(1, 2))
+    arguments = case.qkv, case.sinks, case.pool, "full_attention"
+    assert ops.attention(*arguments, plan) == "attention_nvidia"
+    assert ops.attention(*arguments, chunk) == "ops_triton"
 
 
 def test_what_it_does_not_take():

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import attention_nvidia
 import moe_nvidia
 import ops_triton
 import weights
@@ -166,7 +167,8 @@ def main() -> None:
     c = weights.published(args.model)
     cases = [(launch_layer, T) for T in (1, 512, 4096)]
     if args.gpu.startswith("sm_"):
-        cases += [(partial(launch_moe, moe_nvidia), T) for T in (1, 8, moe_nvidia.MAX_TOKENS)]
+        cases += [(partial(launch_moe, moe_nvidia), T) for T in (1, moe_nvidia.MAX_TOKENS)]
+        cases += [(partial(launch_attention, attention_nvidia), 1)]
     for launch, T in cases:
         with compiling_for(args.gpu) as found:
             launch(c, T)
@@ -201,6 +203,17 @@ def launch_layer(
         ops_triton.sum_norm(new(T, H), new(T, H), new(H, dtype=torch.float32), 1e-5, peers)
     for rows, columns in (((N + 2 * G) * D, H), (H, N * D)):  # queries, keys and values; the output
         ops_triton.linear(new(T, columns), new(rows, columns), new(rows))
+    launch_attention(ops_triton, c, T, dtype)
+    launch_moe(ops_triton, c, T, activations, dtype, mxfp4)
+
+
+def launch_attention(room, c: weights.Config, T: int, dtype=torch.bfloat16) -> None:
+    """Both kinds of layers' attention, of ops_triton or, of one token, attention_nvidia."""
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    N, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     table = new(1, 256, dtype=torch.int32)
     step = ops_triton.Plan(
         cos=new(T, D // 2, dtype=torch.float32),
@@ -213,8 +226,7 @@ def launch_layer(
         arrived=new(G, dtype=torch.int32),
     )
     for kind in weights.LAYER_TYPES:
-        ops_triton.attention(new(T, (N + 2 * G) * D), new(N), new(4096, 2, G, D), kind, step)
-    launch_moe(ops_triton, c, T, activations, dtype, mxfp4)
+        room.attention(new(T, (N + 2 * G) * D), new(N), new(4096, 2, G, D), kind, step)
 
 
 def launch_moe(
