@@ -162,7 +162,7 @@ def sum_norm_kernel(
     scale_low = tl.load(scale + 2 * w, mask=there, other=0.0)
     scale_high = tl.load(scale + 2 * w + 1, mask=there, other=0.0)
 
-    # every rank's part, in the order of the ranks: the same sum, bit by bit, on each
+    # every rank's part in the same place: the same sum, bit by bit, on each
     inbox = tl.multiple_of(tl.cast(inboxes[RANK], tl.pointer_type(tl.int64)), 16)
     inbox += turn * rows * W + rank[:, None] * (rows * W) + at[None, :]
     theirs = (rank != RANK)[:, None] & there[None, :]

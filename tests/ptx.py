@@ -1,5 +1,5 @@
-"""Executes the PTX that Triton emits for an NVIDIA GPU, as far as moe_nvidia.py's kernels need it,
-so that they can be checked where there is no such GPU.
+"""Executes the PTX that Triton emits for an NVIDIA GPU, as far as the kernels of moe_nvidia.py
+and attention_nvidia.py need it, so that they can be checked where there is no such GPU.
 
     with ptx.emulate("sm_90") as gpu:
         moe_nvidia.moe(...)  # on CPU tensors
