@@ -147,6 +147,13 @@ def test_dequantised_is_exact(device, wide):
 # -- the layer ------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["whole", "shard"])
+def cuts(request, monkeypatch):
+    """Experts of these tests' sizes are cut like a shard; with the same code like whole ones."""
+    if request.param == "whole":
+        monkeypatch.setattr(moe_nvidia, "WHOLE_ROWS", 0)
+
+
 @pytest.mark.parametrize(
     "T, E, H, inner, top_k",
     [  # inner and hidden sizes of whole blocks of 64 and not
@@ -158,7 +165,7 @@ def test_dequantised_is_exact(device, wide):
     ],
 )
 @devices
-def test_moe(device, T, E, H, inner, top_k):
+def test_moe(cuts, device, T, E, H, inner, top_k):
     check(device, make_inputs(T, E, H), make_experts(E, H, inner), top_k)
 
 
@@ -240,7 +247,7 @@ def test_same_bits_in_every_run(device):
 
 @pytest.mark.parametrize("T", [1, 2])
 @devices
-def test_a_token_does_not_depend_on_its_batch(device, T):
+def test_a_token_does_not_depend_on_its_batch(cuts, device, T):
     """As many warps split K whatever the tokens are: the order of every sum is the same."""
     few, many = (moe_nvidia.cuts_for(n, 128, 96) for n in (T, 8))
     assert [cut.WK for cut in few] == [cut.WK for cut in many]
@@ -250,7 +257,7 @@ def test_a_token_does_not_depend_on_its_batch(device, T):
     assert torch.equal(few, many[:T])
 
 
-def test_the_active_experts_are_read_once_and_no_other():
+def test_the_active_experts_are_read_once_and_no_other(cuts):
     inputs = choosing(8, 6, 96, lambda token: [4, token % 2])
     _, launches = run("sm_90", inputs, make_experts(6, 96, 64), 2)
     for name, N, K in (("dispatch", 128, 96), ("combine", 96, 64)):
