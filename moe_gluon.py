@@ -580,7 +580,7 @@ def route_tile(H: int, E: int, decode: bool) -> DecodeTile:
 @cache
 def dispatch_tile(K: int, N: int, f: Format) -> DecodeTile:
     """64 columns are one scale group of h, and 360 workgroups at one token. All 6 steps of a wave
-    are in flight, 28 KB: 186 registers, 2 workgroups a CU. bf16 has 4 times the bytes a column:
+    are in flight, 28 KB: 192 registers, 2 workgroups a CU. bf16 has 4 times the bytes a column:
     half the columns and steps for the same flight."""
     columns, ahead = (32, 3) if f.element == "bf16" else (64, 6)
     return DecodeTile(**decode_fields(K, N, f, DECODE_TOKENS, columns, columns, 4, ahead))
@@ -967,7 +967,7 @@ def unchanged(n):
 def pin(x, registers: gl.constexpr):
     """x, of so many registers a lane, through an empty instruction: loads written above it are
     issued above it, and what uses its result comes after it. Without it LLVM moves loads towards
-    their use to save registers (dispatch, mxfp8: 76 for 186, and 6 loads in flight for 48): count
+    their use to save registers (dispatch, mxfp8: 78 for 192, and 23 loads ahead for 50): count
     `buffer_load` before the first `v_mfma` in `compiled.asm["amdgcn"]`."""
     n: gl.constexpr = min(16, registers)
     return gl.inline_asm_elementwise(
